@@ -1,0 +1,1 @@
+"""What two or more rooms need: storage, datasets, detections, tracking. Never imports kfp."""

@@ -1,0 +1,298 @@
+"""Detections: letterbox, the network's raw output, non-maximum suppression, boxes in source pixels.
+
+The very same code runs in label, export (parity), evaluate and the serving runtime; a stretch resize or a BGR input
+in one of them is the classic silent bug that this module exists to make impossible.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from .errors import InputError, ModelError
+
+__all__ = [
+    "Detections",
+    "Detector",
+    "Head",
+    "Letterbox",
+    "box_iou",
+    "classes_of_graph",
+    "decode_output",
+    "letterbox",
+    "onnx_session",
+    "read_head",
+    "to_tensor",
+]
+
+Floats = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
+
+PADDING = 114  # the grey that YOLO networks are trained with around the picture
+MAX_CANDIDATES = 30_000
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector found in one image.
+
+    Attributes:
+        boxes: float32 (n, 4), corners x1, y1, x2, y2 in pixels of the source image, clipped to it.
+        scores: float32 (n,), 0 to 1, falling.
+        class_ids: int64 (n,), index into the model's classes.
+    """
+
+    boxes: Floats
+    scores: Floats
+    class_ids: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def above(self, conf: float | Sequence[float]) -> Detections:
+        """Those of at least `conf`, one value or one a class."""
+        limit = np.asarray(conf, dtype=np.float32)
+        keep = self.scores >= (limit if limit.ndim == 0 else limit[self.class_ids])
+        return Detections(self.boxes[keep], self.scores[keep], self.class_ids[keep])
+
+    def to_list(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """Plain rows `{"class", "class_id", "score", "box": [x1, y1, x2, y2]}` for JSON."""
+        return [
+            {
+                "class": classes[int(index)],
+                "class_id": int(index),
+                "score": round(float(score), 5),
+                "box": [round(float(value), 2) for value in box],
+            }
+            for box, score, index in zip(self.boxes, self.scores, self.class_ids, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """How a source image was laid into the network's input: `input = source * gain + (left, top)`."""
+
+    gain: float
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the graph says of its input and output.
+
+    Attributes:
+        kind: `dense` for (batch, 4 + classes, anchors), YOLOv8/11 style, wants NMS; `end2end` for
+            (batch, n, 6) rows of x1, y1, x2, y2, score, class, NMS-free.
+        dynamic: whether height and width of the input are free.
+        height, width: the fixed input size, or 0 where dynamic.
+        batch: the fixed batch size, or 0 where dynamic.
+        input_name: name of the input tensor.
+    """
+
+    kind: str
+    dynamic: bool
+    height: int
+    width: int
+    batch: int
+    input_name: str
+
+
+def letterbox(pixels: Pixels, imgsz: int, stride: int, rectangle: bool) -> tuple[Pixels, Letterbox]:
+    """Scale an image into the network's input without stretching, and pad it with grey.
+
+    The rounding follows Ultralytics' LetterBox, which is what the networks saw in training.
+
+    Args:
+        pixels: RGB uint8 (height, width, 3).
+        imgsz: the longer side of the input.
+        stride: sides are multiples of it.
+        rectangle: pad to the smallest such rectangle; else to the full square.
+
+    Returns:
+        RGB uint8 (padded height, padded width, 3) and how to go back.
+    """
+    height, width = pixels.shape[:2]
+    gain = min(imgsz / height, imgsz / width)
+    inner_w, inner_h = max(1, round(width * gain)), max(1, round(height * gain))
+    spare_w, spare_h = imgsz - inner_w, imgsz - inner_h
+    if rectangle:
+        spare_w, spare_h = spare_w % stride, spare_h % stride
+    left, top = round(spare_w / 2 - 0.1), round(spare_h / 2 - 0.1)
+    if (inner_w, inner_h) != (width, height):
+        pixels = np.asarray(cv2.resize(pixels, (inner_w, inner_h), interpolation=cv2.INTER_LINEAR), dtype=np.uint8)
+    canvas = np.full((inner_h + spare_h, inner_w + spare_w, 3), PADDING, dtype=np.uint8)
+    canvas[top : top + inner_h, left : left + inner_w] = pixels
+    return canvas, Letterbox(gain, left, top, width, height)
+
+
+def to_tensor(canvases: Sequence[Pixels]) -> Floats:
+    """Stack canvases of one size into float32 (n, 3, height, width), RGB, 0 to 1."""
+    batch = np.stack(canvases).transpose(0, 3, 1, 2)
+    return np.multiply(batch, np.float32(1 / 255), dtype=np.float32, order="C")
+
+
+def box_iou(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+    """Intersection over union of every box of `a` (n, 4) with every box of `b` (m, 4): (n, m)."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    overlap = np.clip(high - low, 0, None).prod(axis=2)
+    area_a = (a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])
+    area_b = (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
+    union = area_a[:, None] + area_b[None] - overlap
+    return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+
+
+def non_maximum_suppression(boxes: Floats, scores: Floats, class_ids: NDArray[np.int64], iou: float, max_det: int) -> NDArray[np.intp]:
+    """Greedy suppression within each class (Felzenszwalb et al. 2010); indices kept, best first, at most `max_det`."""
+    order = np.argsort(-scores, kind="stable")[:MAX_CANDIDATES]
+    kept: list[int] = []
+    # Boxes of other classes never suppress each other: shift each class to a place of its own.
+    span = boxes.max(initial=0.0) - boxes.min(initial=0.0) + 1.0
+    shift = class_ids[:, None].astype(np.float32) * np.float32(span)
+    shifted = boxes + shift
+    while order.size and len(kept) < max_det:
+        best, rest = order[0], order[1:]
+        kept.append(int(best))
+        order = rest[box_iou(shifted[best : best + 1], shifted[rest])[0] <= iou]
+    return np.asarray(kept, dtype=np.intp)
+
+
+def decode_output(raw: Floats, kind: str, placed: Letterbox, conf: float, iou: float, max_det: int) -> Detections:
+    """Turn one image's raw network output into detections in source pixels.
+
+    Args:
+        raw: `dense` (4 + classes, anchors) with centre x, y, width, height; or `end2end` (n, 6).
+        kind: as in Head.
+        placed: the letterbox of that image.
+        conf: drop what scores lower.
+        iou: boxes of one class that overlap more are one (dense heads only).
+        max_det: keep at most this many.
+    """
+    if kind == "dense":
+        scores = raw[4:].max(axis=0)
+        chosen = np.flatnonzero(scores >= conf)
+        scores = scores[chosen]
+        class_ids = raw[4:, chosen].argmax(axis=0).astype(np.int64)
+        centre, half = raw[:2, chosen].T, raw[2:4, chosen].T / 2
+        boxes = np.concatenate([centre - half, centre + half], axis=1)
+        kept = non_maximum_suppression(boxes, scores, class_ids, iou, max_det)
+    else:
+        boxes, scores, class_ids = raw[:, :4], raw[:, 4], raw[:, 5].round().astype(np.int64)
+        chosen = np.flatnonzero(scores >= conf)
+        kept = chosen[np.argsort(-scores[chosen], kind="stable")][:max_det]
+    boxes, scores, class_ids = boxes[kept], scores[kept], class_ids[kept]
+    boxes = (boxes - np.array([placed.left, placed.top] * 2, dtype=np.float32)) / np.float32(placed.gain)
+    boxes = np.clip(boxes, 0, np.array([placed.width, placed.height] * 2, dtype=np.float32))
+    return Detections(boxes.astype(np.float32), scores.astype(np.float32), class_ids)
+
+
+def onnx_session(path: Path, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)) -> ort.InferenceSession:
+    """Open an ONNX file.
+
+    Raises:
+        ModelError: missing or not a graph that onnxruntime accepts.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(path), options, providers=list(providers))
+    # onnxruntime raises a class of its own for each kind of broken graph.
+    except Exception as error:
+        raise ModelError(f"{path} cannot be opened as an ONNX model ({error})", "Export it again with `haechi export`.") from error
+
+
+def read_head(session: ort.InferenceSession, classes: int) -> Head:
+    """Read input and output layout from the graph; nothing is assumed of the family of the network.
+
+    Raises:
+        ModelError: an output that is neither (batch, 4 + classes, anchors) nor (batch, n, 6).
+    """
+    entry, out = session.get_inputs()[0], session.get_outputs()[0]
+    batch, _, height, width = [size if isinstance(size, int) else 0 for size in entry.shape]
+    shape = list(out.shape)
+    if len(shape) == 3 and shape[1] == 4 + classes:
+        kind = "dense"
+    elif len(shape) == 3 and shape[2] == 6:
+        kind = "end2end"
+    else:
+        raise ModelError(
+            f"the model's output has shape {shape}, neither (batch, {4 + classes}, anchors) nor (batch, n, 6)",
+            f"Check that it is a detector of {classes} classes, exported with `haechi export`.",
+        )
+    return Head(kind, height == 0 or width == 0, height, width, batch, entry.name)
+
+
+class Detector:
+    """A network with its pre- and post-processing: RGB images in, Detections out.
+
+    Args:
+        run: maps float32 (n, 3, h, w) to the raw output (n, …); an ONNX session or a torch module behind it.
+        head: layout of input and output.
+        classes: ordered class names.
+        imgsz: the longer side of the input; ignored where the graph fixes it.
+        stride: of the network, 32 for all YOLO detectors here.
+    """
+
+    def __init__(self, run: Callable[[Floats], Floats], head: Head, classes: Sequence[str], imgsz: int, stride: int = 32) -> None:
+        if imgsz < stride or imgsz % stride:
+            raise InputError(f"imgsz is {imgsz}", f"Give a multiple of the network's stride {stride}.")
+        if not head.dynamic and head.height != head.width:
+            raise ModelError(f"the graph's input is {head.height}x{head.width}", "Export with a square or dynamic input.")
+        self._run = run
+        self.head = head
+        self.classes = tuple(classes)
+        self.imgsz = imgsz if head.dynamic else head.height
+        self.stride = stride
+
+    @classmethod
+    def from_onnx(cls, path: Path, classes: Sequence[str], imgsz: int, stride: int = 32, threads: int = 0) -> Detector:
+        """Open an ONNX file as a detector."""
+        session = onnx_session(path, threads)
+        head = read_head(session, len(classes))
+        return cls(lambda batch: session.run(None, {head.input_name: batch})[0], head, classes, imgsz, stride)
+
+    def prepare(self, pixels: Pixels) -> tuple[Pixels, Letterbox]:
+        """Letterbox one RGB image for this network."""
+        return letterbox(pixels, self.imgsz, self.stride, rectangle=self.head.dynamic)
+
+    def infer(self, batch: Floats) -> Floats:
+        """The raw network, float32 (n, 3, h, w) to (n, …); a graph of fixed batch is fed one image at a time."""
+        if self.head.batch == 1 and len(batch) > 1:
+            return np.concatenate([self._run(batch[i : i + 1]) for i in range(len(batch))])
+        return self._run(batch)
+
+    def detect(
+        self, images: Sequence[Pixels], conf: float = 0.25, iou: float = 0.7, max_det: int = 300
+    ) -> list[Detections]:
+        """Detect in RGB images of any sizes; those whose letterboxes agree in shape share a batch."""
+        prepared = [self.prepare(image) for image in images]
+        found: list[Detections | None] = [None] * len(images)
+        shapes = sorted({canvas.shape for canvas, _ in prepared})
+        for shape in shapes:
+            members = [index for index, (canvas, _) in enumerate(prepared) if canvas.shape == shape]
+            raw = self.infer(to_tensor([prepared[index][0] for index in members]))
+            for row, index in enumerate(members):
+                found[index] = decode_output(raw[row], self.head.kind, prepared[index][1], conf, iou, max_det)
+        return [item for item in found if item is not None]
+
+
+def classes_of_graph(session: ort.InferenceSession) -> list[str]:
+    """Class names from the metadata that Ultralytics writes into the graph; empty where there are none."""
+    names = session.get_modelmeta().custom_metadata_map.get("names", "")
+    if not names:
+        return []
+    table = ast.literal_eval(names)
+    return [str(table[key]) for key in sorted(table, key=int)]

@@ -1,0 +1,93 @@
+"""One error tree for all of Haechi: each message names the thing and the remedy, each error its exit code."""
+
+from __future__ import annotations
+
+__all__ = [
+    "DeployRefused",
+    "HaechiError",
+    "InputError",
+    "IntegrityError",
+    "ModelError",
+    "NoDataError",
+    "SettingsError",
+    "StorageError",
+    "TrackingError",
+    "TrainError",
+]
+
+
+class HaechiError(Exception):
+    """Base of all errors that a user can cause or mend.
+
+    Args:
+        problem: what is wrong, naming the file, field, key or parameter.
+        remedy: what the user can do about it; printed after the problem.
+    """
+
+    exit_code = 1
+    http_status = 500
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        self.problem = problem.rstrip(". ")
+        self.remedy = remedy
+        super().__init__(f"{self.problem}. {remedy}".rstrip() if remedy else self.problem)
+
+
+class InputError(HaechiError):
+    """A parameter, file or request that cannot be used as it is."""
+
+    exit_code = 2
+    http_status = 400
+
+
+class SettingsError(HaechiError):
+    """A setting (environment variable, preset) is missing or malformed."""
+
+    exit_code = 2
+
+
+class NoDataError(HaechiError):
+    """The input is well-formed but holds nothing to work on."""
+
+    exit_code = 3
+    http_status = 422
+
+
+class StorageError(HaechiError):
+    """The object store or the disk cannot be reached, refuses us, or is full."""
+
+    exit_code = 4
+    http_status = 503
+
+
+class IntegrityError(HaechiError):
+    """Stored bytes are not what their digest or manifest says."""
+
+    exit_code = 5
+
+
+class TrainError(HaechiError):
+    """Training cannot go on (out of memory, diverged, unusable base weights)."""
+
+    exit_code = 6
+
+
+class ModelError(HaechiError):
+    """A model folder, checkpoint or graph is unusable or does not match its description."""
+
+    exit_code = 7
+    http_status = 503
+
+
+class TrackingError(HaechiError):
+    """MLflow cannot be reached or refuses a call."""
+
+    exit_code = 8
+    http_status = 503
+
+
+class DeployRefused(HaechiError):
+    """Deploy declined: the verdict does not allow it, or the champion changed meanwhile."""
+
+    exit_code = 9
+    http_status = 409

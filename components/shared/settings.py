@@ -1,0 +1,99 @@
+"""Settings from the environment: the only module that reads `HAECHI_*` and `MLFLOW_TRACKING_URI`.
+
+On the cluster the variables come from ConfigMap `haechi-settings` and Secret `haechi-s3`; on one machine
+`haechi run` and `haechi demo` set them for the services they start.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from .errors import SettingsError
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where the object store and MLflow are, and what this machine may use.
+
+    Attributes:
+        s3_endpoint: URL of the S3 API, `http://host:port` or `https://host`.
+        s3_access_key, s3_secret_key: credentials; empty for anonymous access. Never printed.
+        s3_region: region to sign for.
+        bucket: the one bucket that holds Haechi's objects.
+        mlflow_tracking_uri: MLflow server URL.
+        cache_dir: folder for content-addressed frames kept between runs; empty for none.
+        workers: concurrent transfers and decodes, at least 1.
+        threads: compute threads for torch and onnxruntime; 0 lets them choose.
+    """
+
+    s3_endpoint: str = ""
+    s3_access_key: str = field(default="", repr=False)
+    s3_secret_key: str = field(default="", repr=False)
+    s3_region: str = "us-east-1"
+    bucket: str = "haechi"
+    mlflow_tracking_uri: str = ""
+    cache_dir: str = ""
+    workers: int = 8
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.s3_endpoint:
+            parts = urlsplit(self.s3_endpoint)
+            if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/"):
+                raise SettingsError(
+                    f"HAECHI_S3_ENDPOINT is {self.s3_endpoint!r}, not a URL of scheme and host",
+                    "Set it to something like http://minio.minio:9000, without a path.",
+                )
+        if self.workers < 1:
+            raise SettingsError(f"HAECHI_WORKERS is {self.workers}", "Set it to 1 or more.")
+        if self.threads < 0:
+            raise SettingsError(f"HAECHI_THREADS is {self.threads}", "Set it to 0 (automatic) or more.")
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
+        """Read the settings from `env` (default: the process's environment)."""
+        env = os.environ if env is None else env
+        return cls(
+            s3_endpoint=env.get("HAECHI_S3_ENDPOINT", ""),
+            s3_access_key=env.get("HAECHI_S3_ACCESS_KEY", ""),
+            s3_secret_key=env.get("HAECHI_S3_SECRET_KEY", ""),
+            s3_region=env.get("HAECHI_S3_REGION", "us-east-1"),
+            bucket=env.get("HAECHI_BUCKET", "haechi"),
+            mlflow_tracking_uri=env.get("MLFLOW_TRACKING_URI", ""),
+            cache_dir=env.get("HAECHI_CACHE_DIR", ""),
+            workers=_integer(env, "HAECHI_WORKERS", 8),
+            threads=_integer(env, "HAECHI_THREADS", 0),
+        )
+
+    def to_env(self) -> dict[str, str]:
+        """The inverse of `from_env`: variables to hand to a child process."""
+        return {
+            "HAECHI_S3_ENDPOINT": self.s3_endpoint,
+            "HAECHI_S3_ACCESS_KEY": self.s3_access_key,
+            "HAECHI_S3_SECRET_KEY": self.s3_secret_key,
+            "HAECHI_S3_REGION": self.s3_region,
+            "HAECHI_BUCKET": self.bucket,
+            "MLFLOW_TRACKING_URI": self.mlflow_tracking_uri,
+            "HAECHI_CACHE_DIR": self.cache_dir,
+            "HAECHI_WORKERS": str(self.workers),
+            "HAECHI_THREADS": str(self.threads),
+        }
+
+    @property
+    def cache_path(self) -> Path | None:
+        """The cache folder, or None where no cache is wanted."""
+        return Path(self.cache_dir) if self.cache_dir else None
+
+
+def _integer(env: Mapping[str, str], name: str, default: int) -> int:
+    text = env.get(name, "")
+    try:
+        return int(text) if text else default
+    except ValueError:
+        raise SettingsError(f"{name} is {text!r}, not a whole number", f"Set it to a number such as {default}.") from None

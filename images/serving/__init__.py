@@ -1,0 +1,1 @@
+"""The serving runtime: the process that KServe and `haechi serve` start."""

@@ -1,0 +1,1 @@
+"""The training pipeline, its presets and the `haechi` command."""
