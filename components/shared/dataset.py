@@ -190,13 +190,17 @@ def read_rows(source: Path | bytes, kind: type[_Row]) -> list[_Row]:
         table = pq.read_table(io.BytesIO(source) if isinstance(source, bytes) else source, schema=schema(kind))
     except (pa.ArrowInvalid, OSError) as error:
         name = "the table" if isinstance(source, bytes) else str(source)
-        raise IntegrityError(f"{name} is not a table of {kind.__name__} rows ({error})", "Run the step that wrote it again.") from error
+        raise IntegrityError(
+            f"{name} is not a table of {kind.__name__} rows ({error})", "Run the step that wrote it again."
+        ) from error
     return [_row(kind, entry) for entry in table.to_pylist()]
 
 
 def _plain(row: Frame) -> dict[str, Any]:
     return {item.name: getattr(row, item.name) for item in fields(row)} | (
-        {"boxes": [asdict(box) for box in row.boxes], "covers": list(row.covers)} if isinstance(row, LabelledFrame) else {}
+        {"boxes": [asdict(box) for box in row.boxes], "covers": list(row.covers)}
+        if isinstance(row, LabelledFrame)
+        else {}
     )
 
 
@@ -224,7 +228,9 @@ class LabelExport:
     info: dict[str, Any] = field(default_factory=dict)
 
 
-def write_export(store: Store, kind: str, rows: Sequence[LabelledFrame], info: dict[str, Any], now: datetime) -> LabelExport:
+def write_export(
+    store: Store, kind: str, rows: Sequence[LabelledFrame], info: dict[str, Any], now: datetime
+) -> LabelExport:
     """Write a labels export, content-addressed: the same labels written again are the same export.
 
     `labels.parquet` goes first, `export.json` last, so that a reader never meets half an export.
@@ -254,7 +260,9 @@ def write_export(store: Store, kind: str, rows: Sequence[LabelledFrame], info: d
 def label_exports(store: Store) -> list[LabelExport]:
     """All complete labels exports, oldest first (ties by id)."""
     markers = [item.key for item in store.list("labels/") if item.key.endswith("/export.json")]
-    return sorted((LabelExport(**store.get_json(key)) for key in markers), key=lambda item: (item.created_at, item.export_id))
+    return sorted(
+        (LabelExport(**store.get_json(key)) for key in markers), key=lambda item: (item.created_at, item.export_id)
+    )
 
 
 def read_export(store: Store, export: LabelExport) -> list[LabelledFrame]:
@@ -276,7 +284,9 @@ def dataset_digest(classes: Sequence[str], rows: Iterable[ManifestRow]) -> str:
     sha256; odd nodes are promoted. Leaf and node hashes have different prefixes (RFC 6962, section 2.1).
     """
     level = [
-        hashlib.sha256(b"\x00" + json.dumps([*_label_leaf(row), row.group, row.split], separators=(",", ":")).encode()).digest()
+        hashlib.sha256(
+            b"\x00" + json.dumps([*_label_leaf(row), row.group, row.split], separators=(",", ":")).encode()
+        ).digest()
         for row in sorted(rows, key=lambda row: row.sha256)
     ]
     while len(level) > 1:
@@ -288,7 +298,13 @@ def dataset_digest(classes: Sequence[str], rows: Iterable[ManifestRow]) -> str:
 
 def _label_leaf(row: LabelledFrame) -> list[Any]:
     boxes = sorted(
-        [box.class_name, *[f"{value:.3f}" for value in (box.x1, box.y1, box.x2, box.y2)], box.origin, box.actor, box.parent]
+        [
+            box.class_name,
+            *[f"{value:.3f}" for value in (box.x1, box.y1, box.x2, box.y2)],
+            box.origin,
+            box.actor,
+            box.parent,
+        ]
         for box in row.boxes
     )
     return [row.sha256, sorted(row.covers), boxes, row.origin, row.decision, row.actor]

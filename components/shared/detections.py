@@ -139,7 +139,8 @@ def letterbox(pixels: Pixels, imgsz: int, stride: int, rectangle: bool) -> tuple
 def to_tensor(canvases: Sequence[Pixels]) -> Floats:
     """Stack canvases of one size into float32 (n, 3, height, width), RGB, 0 to 1."""
     batch = np.stack(canvases).transpose(0, 3, 1, 2)
-    return np.multiply(batch, np.float32(1 / 255), dtype=np.float32, order="C")
+    scaled: Floats = np.multiply(batch, np.float32(1 / 255), dtype=np.float32, order="C")
+    return scaled
 
 
 def box_iou(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
@@ -153,7 +154,9 @@ def box_iou(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
     return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
 
 
-def non_maximum_suppression(boxes: Floats, scores: Floats, class_ids: NDArray[np.int64], iou: float, max_det: int) -> NDArray[np.intp]:
+def non_maximum_suppression(
+    boxes: Floats, scores: Floats, class_ids: NDArray[np.int64], iou: float, max_det: int
+) -> NDArray[np.intp]:
     """Greedy suppression within each class (Felzenszwalb et al. 2010); indices kept, best first, at most `max_det`."""
     order = np.argsort(-scores, kind="stable")[:MAX_CANDIDATES]
     kept: list[int] = []
@@ -197,7 +200,9 @@ def decode_output(raw: Floats, kind: str, placed: Letterbox, conf: float, iou: f
     return Detections(boxes.astype(np.float32), scores.astype(np.float32), class_ids)
 
 
-def onnx_session(path: Path, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)) -> ort.InferenceSession:
+def onnx_session(
+    path: Path, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)
+) -> ort.InferenceSession:
     """Open an ONNX file.
 
     Raises:
@@ -211,7 +216,9 @@ def onnx_session(path: Path, threads: int = 0, providers: Sequence[str] = ("CPUE
         return ort.InferenceSession(str(path), options, providers=list(providers))
     # onnxruntime raises a class of its own for each kind of broken graph.
     except Exception as error:
-        raise ModelError(f"{path} cannot be opened as an ONNX model ({error})", "Export it again with `haechi export`.") from error
+        raise ModelError(
+            f"{path} cannot be opened as an ONNX model ({error})", "Export it again with `haechi export`."
+        ) from error
 
 
 def read_head(session: ort.InferenceSession, classes: int) -> Head:
@@ -246,11 +253,15 @@ class Detector:
         stride: of the network, 32 for all YOLO detectors here.
     """
 
-    def __init__(self, run: Callable[[Floats], Floats], head: Head, classes: Sequence[str], imgsz: int, stride: int = 32) -> None:
+    def __init__(
+        self, run: Callable[[Floats], Floats], head: Head, classes: Sequence[str], imgsz: int, stride: int = 32
+    ) -> None:
         if imgsz < stride or imgsz % stride:
             raise InputError(f"imgsz is {imgsz}", f"Give a multiple of the network's stride {stride}.")
         if not head.dynamic and head.height != head.width:
-            raise ModelError(f"the graph's input is {head.height}x{head.width}", "Export with a square or dynamic input.")
+            raise ModelError(
+                f"the graph's input is {head.height}x{head.width}", "Export with a square or dynamic input."
+            )
         self._run = run
         self.head = head
         self.classes = tuple(classes)

@@ -44,7 +44,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         Path(name).replace(path)
     except OSError as error:
         Path(name).unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror or error}", "Free disk space or check the mount.") from error
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}", "Free disk space or check the mount."
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,6 +80,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(target)
         partial.replace(target)
     except OSError as error:
-        raise StorageError(f"cannot write folder {target}: {error.strerror or error}", "Free disk space or check the mount.") from error
+        raise StorageError(
+            f"cannot write folder {target}: {error.strerror or error}", "Free disk space or check the mount."
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

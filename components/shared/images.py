@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import warnings
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import cv2
@@ -87,7 +87,9 @@ def read_header(data: bytes) -> ImageHeader:
             width, height = image.size if orientation < 5 else image.size[::-1]
             frames = int(getattr(image, "n_frames", 1))
             taken = _exif_time(exif.get_ifd(_EXIF_IFD).get(_EXIF_DATETIME_ORIGINAL) or exif.get(_EXIF_DATETIME))
-            return ImageHeader(str(image.format), width, height, frames, orientation if 1 <= orientation <= 8 else 1, taken)
+            return ImageHeader(
+                str(image.format), width, height, frames, orientation if 1 <= orientation <= 8 else 1, taken
+            )
     except InputError:
         raise
     # Pillow's parsers raise nearly anything on hostile headers; each means the same to us.
@@ -111,7 +113,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
     header = read_header(data)
     if header.width * header.height > max_pixels:
         raise InputError(
-            f"the image is {header.width}x{header.height}, more than {max_pixels} pixels", "Scale it down before sending."
+            f"the image is {header.width}x{header.height}, more than {max_pixels} pixels",
+            "Scale it down before sending.",
         )
     if header.frames > 1:
         raise InputError(f"the image has {header.frames} frames", "Send single frames, not animations.")
@@ -181,7 +184,7 @@ def encode_jpeg(pixels: Pixels, quality: int = 90) -> bytes:
 
 def _exif_time(text: Any) -> datetime | None:
     try:
-        return datetime.strptime(str(text).strip(), "%Y:%m:%d %H:%M:%S").replace(tzinfo=timezone.utc)
+        return datetime.strptime(str(text).strip(), "%Y:%m:%d %H:%M:%S").replace(tzinfo=UTC)
     except ValueError:
         return None
 
@@ -243,4 +246,5 @@ class NearDuplicates:
         close = np.flatnonzero(distance <= self.bits)
         thumb = np.frombuffer(item.thumb, dtype=np.uint8).astype(np.int16)
         worst = np.abs(self._thumbs[close].astype(np.int16) - thumb).max(axis=1, initial=0)
-        return close[worst <= self.levels]
+        near: NDArray[np.intp] = close[worst <= self.levels]
+        return near

@@ -99,11 +99,15 @@ class ModelFolder:
                 "Make one with `haechi export --checkpoint best.pt --out DIR`.",
             ) from error
         if model.format_version != FORMAT_VERSION:
-            raise ModelError(f"{folder}/model.json has format_version {model.format_version}", f"This Haechi reads {FORMAT_VERSION}.")
+            raise ModelError(
+                f"{folder}/model.json has format_version {model.format_version}", f"This Haechi reads {FORMAT_VERSION}."
+            )
         if not (folder / "model.onnx").is_file():
             raise ModelError(f"{folder} has no model.onnx", "Copy the whole folder, or export again.")
         if verify and sha256_file(folder / "model.onnx") != model.onnx_sha256:
-            raise IntegrityError(f"{folder}/model.onnx is not the file that model.json describes", "Fetch the folder again.")
+            raise IntegrityError(
+                f"{folder}/model.onnx is not the file that model.json describes", "Fetch the folder again."
+            )
         return model
 
     def detector(self, folder: Path, threads: int = 0) -> Detector:

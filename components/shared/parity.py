@@ -61,7 +61,9 @@ def compare(expected: Detections, found: Detections, conf: float, tolerance: Tol
         longest: the image's longer side in pixels.
     """
     allowed = tolerance.box_px * max(1.0, longest / 640)
-    iou = box_iou(expected.boxes, found.boxes) if len(expected) and len(found) else np.zeros((len(expected), len(found)))
+    iou = (
+        box_iou(expected.boxes, found.boxes) if len(expected) and len(found) else np.zeros((len(expected), len(found)))
+    )
     iou = np.where(expected.class_ids[:, None] == found.class_ids[None], iou, 0.0)
     left, right = set(range(len(expected))), set(range(len(found)))
     worst_px = worst_score = 0.0

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 __all__ = ["Progress", "say"]
 
 
 def say(message: str) -> None:
     """Write one line with the time of day (UTC)."""
-    sys.stderr.write(f"{datetime.now(timezone.utc):%H:%M:%S} {message}\n")
+    sys.stderr.write(f"{datetime.now(UTC):%H:%M:%S} {message}\n")
     sys.stderr.flush()
 
 

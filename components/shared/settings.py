@@ -96,4 +96,6 @@ def _integer(env: Mapping[str, str], name: str, default: int) -> int:
     try:
         return int(text) if text else default
     except ValueError:
-        raise SettingsError(f"{name} is {text!r}, not a whole number", f"Set it to a number such as {default}.") from None
+        raise SettingsError(
+            f"{name} is {text!r}, not a whole number", f"Set it to a number such as {default}."
+        ) from None

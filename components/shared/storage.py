@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -125,7 +125,7 @@ class Store:
             modified = item.last_modified.timestamp() if item.last_modified else 0.0
             yield ObjectInfo(item.object_name, item.size or 0, (item.etag or "").strip('"'), modified)
 
-    def folders(self, prefix: str) -> list[str]:
+    def folders(self, prefix: str) -> Sequence[str]:
         """Names of the direct sub-folders of `prefix` (which ends in `/`), sorted."""
         listing = self._call(prefix, lambda: list(self._client.list_objects(self.bucket, prefix=prefix)))
         return sorted(item.object_name[len(prefix) :].rstrip("/") for item in listing if item.is_dir)
@@ -162,7 +162,9 @@ class Store:
             try:
                 size = int(response.headers.get("Content-Length", 0))
                 if limit is not None and size > limit:
-                    raise InputError(f"{self.uri(key)} has {size} bytes, more than {limit}", "Raise the limit or remove it.")
+                    raise InputError(
+                        f"{self.uri(key)} has {size} bytes, more than {limit}", "Raise the limit or remove it."
+                    )
                 return response.read()
             finally:
                 response.close()
@@ -179,12 +181,18 @@ class Store:
         write_bytes(path, self.get(key))
         return path
 
-    def put(self, key: str, data: bytes, content_type: str = "application/octet-stream", metadata: dict[str, str] | None = None) -> None:
+    def put(
+        self,
+        key: str,
+        data: bytes,
+        content_type: str = "application/octet-stream",
+        metadata: dict[str, str] | None = None,
+    ) -> None:
         """Write one object, whole or not at all."""
         self._call(
             key,
             lambda: self._client.put_object(
-                self.bucket, key, io.BytesIO(data), len(data), content_type=content_type, metadata=metadata
+                self.bucket, key, io.BytesIO(data), len(data), content_type=content_type, metadata=dict(metadata or {})
             ),
         )
 
@@ -247,7 +255,9 @@ class Store:
                 f"{self.endpoint} refuses our credentials for bucket {self.bucket!r} ({error.code})",
                 "Check HAECHI_S3_ACCESS_KEY and HAECHI_S3_SECRET_KEY, and the rights of that key.",
             )
-        return StorageError(f"{self.endpoint} answered {error.code} for {self.uri(key)}: {error.message}", "Look at the store's log.")
+        return StorageError(
+            f"{self.endpoint} answered {error.code} for {self.uri(key)}: {error.message}", "Look at the store's log."
+        )
 
 
 def ordered_map(work: Callable[[_Item], _Result], items: Iterable[_Item], workers: int) -> Iterator[_Result]:

@@ -42,7 +42,9 @@ class Tracker:
 
     def __init__(self, settings: Settings) -> None:
         if not settings.mlflow_tracking_uri:
-            raise TrackingError("MLFLOW_TRACKING_URI is not set", "Set it, or start the embedded server with `haechi up`.")
+            raise TrackingError(
+                "MLFLOW_TRACKING_URI is not set", "Set it, or start the embedded server with `haechi up`."
+            )
         # MLflow's default is 7 retries with a growing pause; say within seconds that a server is away.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
