@@ -289,8 +289,13 @@ class Detector:
         self, images: Sequence[Pixels], conf: float = 0.25, iou: float = 0.7, max_det: int = 300
     ) -> list[Detections]:
         """Detect in RGB images of any sizes; those whose letterboxes agree in shape share a batch."""
-        prepared = [self.prepare(image) for image in images]
-        found: list[Detections | None] = [None] * len(images)
+        return self.detect_prepared([self.prepare(image) for image in images], conf, iou, max_det)
+
+    def detect_prepared(
+        self, prepared: Sequence[tuple[Pixels, Letterbox]], conf: float = 0.25, iou: float = 0.7, max_det: int = 300
+    ) -> list[Detections]:
+        """Detect in what `prepare` made, so that threads can decode and letterbox while the network works."""
+        found: list[Detections | None] = [None] * len(prepared)
         shapes = sorted({canvas.shape for canvas, _ in prepared})
         for shape in shapes:
             members = [index for index, (canvas, _) in enumerate(prepared) if canvas.shape == shape]

@@ -8,19 +8,35 @@ The folder is the artifact `onnx_model`, the object prefix `models/<name>/<versi
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
 from .detections import Detections, Detector
-from .errors import IntegrityError, ModelError
-from .files import read_json, sha256_file, write_bytes, write_json
+from .errors import InputError, IntegrityError, ModelError, SettingsError
+from .files import atomic_folder, read_json, sha256_file, write_bytes, write_json
 from .images import decode
 from .parity import Agreement, Tolerance, agree, compare
 
-__all__ = ["GOLDEN_CONF", "GoldenImage", "ModelFolder", "check_golden", "from_rows", "read_golden", "write_golden"]
+if TYPE_CHECKING:  # the serving image has no S3 client: KServe mounts the folder there
+    from .storage import Store
+
+__all__ = [
+    "GOLDEN_CONF",
+    "GoldenImage",
+    "ModelFolder",
+    "check_golden",
+    "fetch_model",
+    "from_rows",
+    "read_golden",
+    "write_golden",
+]
 
 FORMAT_VERSION = 1
 GOLDEN_CONF = 0.1  # low enough that a weak first model has golden boxes too
@@ -159,3 +175,88 @@ def check_golden(folder: Path, detector: Detector, tolerance: Tolerance | None =
         found = detector.detect([pixels], conf=GOLDEN_CONF, iou=_IOU)[0]
         results.append(compare(image.expected, found, GOLDEN_CONF, tolerance or Tolerance(), max(pixels.shape[:2])))
     return agree(results)
+
+
+def fetch_model(store: Store | None, uri: str, cache: Path) -> Path:
+    """A local, verified model folder for `uri`.
+
+    Args:
+        store: where `s3://` folders are fetched from (any bucket of that service); may be None for local folders.
+        uri: a plain path, `file:///...` or `s3://<bucket>/models/<name>/<version>/`. A local folder is used in place.
+        cache: fetched folders go to `<cache>/<bucket>/<prefix>`, whole or not at all, and are used again when their
+            digests still hold. Several processes may share it.
+
+    Raises:
+        InputError: `uri` is a checkpoint or a bare graph, or of another scheme.
+        ModelError: no model folder is there.
+        IntegrityError: a file is not the one that `model.json` describes.
+    """
+    _refuse_single_file(uri)
+    scheme = urlsplit(uri).scheme
+    if scheme == "s3":
+        return _fetch_from_store(store, uri, cache)
+    if scheme not in ("", "file"):
+        raise InputError(f"{uri!r} is not a model folder's address", "Give a path, a file:// or an s3:// URI.")
+    folder = Path(unquote(urlsplit(uri).path)) if scheme == "file" else Path(uri)
+    _verify(folder)
+    return folder
+
+
+def _refuse_single_file(uri: str) -> None:
+    if not uri:
+        raise InputError("the model folder's address is empty", "Give a path, a file:// or an s3:// URI.")
+    if uri.endswith((".pt", ".pth")):
+        raise InputError(
+            f"{uri} is a checkpoint, not a model folder",
+            f"Run `haechi export --checkpoint {uri} --out DIR` first and give DIR.",
+        )
+    if uri.endswith((".onnx", "/model.json")):
+        raise InputError(f"{uri} is one file of a model folder", "Give the folder that holds it.")
+
+
+def _verify(folder: Path) -> ModelFolder:
+    model = ModelFolder.load(folder)
+    checkpoint = folder / "checkpoint.pt"
+    if model.checkpoint_sha256 and checkpoint.is_file() and sha256_file(checkpoint) != model.checkpoint_sha256:
+        raise IntegrityError(f"{checkpoint} is not the file that model.json describes", "Fetch the folder again.")
+    return model
+
+
+def _fetch_from_store(store: Store | None, uri: str, cache: Path) -> Path:
+    from .storage import parse_s3_uri
+
+    if store is None:
+        raise SettingsError(f"{uri} needs an object store", "Set HAECHI_S3_ENDPOINT, or give a local folder.")
+    bucket, key = parse_s3_uri(uri)
+    prefix = key.strip("/")
+    if not prefix or any(part in ("", ".", "..") for part in prefix.split("/")):
+        raise InputError(f"{uri!r} is not a model folder's address", "Write s3://<bucket>/models/<name>/<version>/.")
+    target = cache / bucket / prefix
+    with _locked(target):
+        try:
+            _verify(target)
+            return target
+        except (ModelError, IntegrityError):
+            pass  # not fetched yet, or damaged on this disk: fetch it (again)
+        source = store.for_bucket(bucket)
+        if not source.exists(f"{prefix}/model.json"):
+            raise ModelError(f"{uri} is not a model folder: it has no model.json", "Check the name and the version.")
+        with atomic_folder(target) as partial:
+            source.get_folder(f"{prefix}/", partial)
+            try:
+                _verify(partial)
+            except IntegrityError as error:
+                raise IntegrityError(
+                    f"{uri} holds a file that its model.json does not describe ({error.problem})",
+                    "Deploy or export that model again; the stored folder is damaged.",
+                ) from error
+    return target
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Hold `target` against other processes; the kernel lets go when the holder dies."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
