@@ -197,7 +197,7 @@ class Tracker:
         if not self.versions(model, version):
             self._call(what, self._client.create_registered_model, model, ignore=_EXISTING)
             create = self._client.create_model_version
-            details = {"tags": wanted, "description": description, "await_creation_for": 0}
+            details: dict[str, Any] = {"tags": wanted, "description": description, "await_creation_for": 0}
             self._call(what, create, model, source, run_id=run_id or None, **details)
         found = self.versions(model, version)[0]
         for key, value in wanted.items():
