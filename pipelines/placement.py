@@ -1,0 +1,48 @@
+"""Where a step's pod runs and what it gets there: image, settings, credentials, scratch space, accelerators.
+
+Nothing here has an effect under kfp.local, where steps read the same settings from the environment.
+"""
+
+from typing import Any
+
+from kfp import dsl, kubernetes
+
+__all__ = ["on_cluster", "on_gpu"]
+
+_SETTINGS = ("HAECHI_S3_ENDPOINT", "HAECHI_S3_REGION", "HAECHI_BUCKET", "MLFLOW_TRACKING_URI")
+_CREDENTIALS = {"access_key": "HAECHI_S3_ACCESS_KEY", "secret_key": "HAECHI_S3_SECRET_KEY"}
+_USER = 1000  # the numeric user of the images
+# Steps with an effect outside their outputs: a cached success would be a stale green.
+_NEVER_CACHED = ("resolve", "ingest", "label", "build", "deploy", "refuse")
+
+
+def on_cluster(task: dsl.PipelineTask, image: Any, config_map: Any, secret: Any) -> dsl.PipelineTask:
+    """Give a task its image, settings, credentials, a non-root user and a writable /tmp.
+
+    Args:
+        task: the task, in the pipeline's function.
+        image: pipeline parameter that names the image.
+        config_map: pipeline parameter that names the ConfigMap with the settings.
+        secret: pipeline parameter that names the Secret with `access_key` and `secret_key`.
+    """
+    if task.name.rstrip("-0123456789") in _NEVER_CACHED:
+        task.set_caching_options(False)
+    task.set_container_image(image)
+    kubernetes.use_config_map_as_env(task, config_map, {name: name for name in _SETTINGS})
+    kubernetes.use_secret_as_env(task, secret, _CREDENTIALS)
+    kubernetes.set_security_context(task, run_as_user=_USER, run_as_group=_USER, run_as_non_root=True)
+    # The step pods must work with a read-only root: everything that they scribble goes here.
+    kubernetes.empty_dir_mount(task, "tmp", "/tmp")  # noqa: S108
+    return task
+
+
+def on_gpu(
+    task: dsl.PipelineTask, gpu_type: Any, gpu_count: Any, node_selector: Any, tolerations: Any
+) -> dsl.PipelineTask:
+    """Give a training task its accelerators, its node pool, shared memory, and retries for spot nodes."""
+    task.set_accelerator_type(gpu_type).set_accelerator_limit(gpu_count)
+    kubernetes.add_node_selector_json(task, node_selector)
+    kubernetes.add_toleration_json(task, tolerations)
+    # Kubernetes gives 64 MiB of /dev/shm, too little for data loader workers.
+    kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory")  # noqa: S108
+    return task.set_retry(num_retries=3, backoff_duration="60s", backoff_factor=2.0)

@@ -1,0 +1,167 @@
+"""The journey: raw frames in, a gated detector out. The calls in the data's order and nothing else."""
+
+from typing import Dict, List
+
+from kfp import dsl
+
+from haechi.components.build.component import build
+from haechi.components.deploy.component import deploy, refuse
+from haechi.components.evaluate.component import evaluate
+from haechi.components.export.component import export
+from haechi.components.ingest.component import ingest
+from haechi.components.label.component import label
+from haechi.components.resolve.component import resolve
+from haechi.components.train.component import train
+
+from .placement import on_cluster, on_gpu
+
+__all__ = ["training"]
+
+
+@dsl.pipeline(
+    name="training",
+    description="Ingest frames, label, review, build a dataset, train candidates, export ONNX, evaluate, gate, deploy.",
+)
+def training(
+    name: str = "safety",
+    classes: List[str] = ["smoke", "fire", "person_down"],  # noqa: B006 - kfp copies the default into the IR
+    sources: List[Dict] = [],  # noqa: B006
+    imports: List[Dict] = [],  # noqa: B006
+    quality: dict = {},  # noqa: B006
+    teacher: str = "",
+    class_map: dict = {},  # noqa: B006
+    bands: dict = {"default": [0.25, 0.6]},  # noqa: B006
+    review_limit: int = 500,
+    ratios: dict = {"val": 0.15, "test": 0.15},  # noqa: B006
+    candidates: List[Dict] = [{"name": "yolo11n", "model": "yolo11n", "epochs": 50, "imgsz": 640, "batch": 16}],  # noqa: B006
+    thresholds: dict = {"default": 0.25},  # noqa: B006
+    iou: float = 0.7,
+    golden_images: int = 8,
+    gate: dict = {},  # noqa: B006
+    target: str = "none",
+    seed: int = 0,
+    device: str = "auto",
+    gpu_type: str = "nvidia.com/gpu",
+    gpu_count: str = "0",
+    node_selector: dict = {},  # noqa: B006
+    tolerations: list = [],  # noqa: B006
+    steps_image: str = "haechi/steps:0.1.0",
+    train_image: str = "haechi/train:0.1.0",
+    settings_config_map: str = "haechi-settings",
+    s3_secret: str = "haechi-s3",  # noqa: S107 - the Secret's name, not a secret
+) -> str:
+    """Turn the flywheel once.
+
+    Args:
+        name: registered model and dataset name, kebab-case.
+        classes: ordered class names.
+        sources: raw frames, each {"uri", "pattern"}.
+        imports: labelled data, each {"uri", "format", "covers", "class_map"}.
+        quality: frame quality limits that differ from the defaults.
+        teacher: model folder that proposes labels; empty for the champion.
+        class_map: the teacher's class names to ours.
+        bands: per class [review from, accept from].
+        review_limit: open review tasks at most; -1 for no limit.
+        ratios: shares of val and test.
+        candidates: trainings to compare; the best by val mAP50-95 goes on.
+        thresholds: confidence per class in service.
+        iou: overlap above which boxes of one class are one.
+        golden_images: images in the model folder that prove it.
+        gate: floors and margins of the promotion gate.
+        target: none, dir:/path or kserve:namespace/name.
+        seed: of splits, training and bootstrap.
+        device: auto, cpu, mps, 0 or 0,1.
+        gpu_type: accelerator resource name.
+        gpu_count: accelerators a training gets; 0 for none.
+        node_selector: of the training pods.
+        tolerations: of the training pods.
+        steps_image: image of all steps but train and export.
+        train_image: image of train and export.
+        settings_config_map: ConfigMap with endpoint, bucket and tracking URI.
+        s3_secret: Secret with the store's credentials.
+
+    Returns:
+        `promote`, `refuse` or `not_enough_data`.
+    """
+    steps = (steps_image, settings_config_map, s3_secret)
+    heavy = (train_image, settings_config_map, s3_secret)
+    run_id = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+
+    world = on_cluster(resolve(name=name), *steps)
+    champion, previous_dataset = world.outputs["champion"], world.outputs["previous_dataset"]
+
+    arrived = on_cluster(
+        ingest(sources=sources, imports=imports, classes=classes, quality=quality, run_id=run_id).after(world), *steps
+    )
+    labelled = on_cluster(
+        label(
+            frames=arrived.outputs["frames"],
+            name=name,
+            champion=champion,
+            teacher=teacher,
+            classes=classes,
+            class_map=class_map,
+            bands=bands,
+            review_limit=review_limit,
+        ),
+        *steps,
+    )
+    built = on_cluster(
+        build(
+            labels=labelled.outputs["labels"],
+            name=name,
+            classes=classes,
+            previous_dataset=previous_dataset,
+            ratios=ratios,
+            seed=seed,
+        ),
+        *steps,
+    )
+    dataset = built.outputs["dataset"]
+
+    with dsl.ParallelFor(candidates, parallelism=4) as candidate:
+        fitted = train(
+            dataset=dataset,
+            name=name,
+            candidate=candidate,
+            champion=champion,
+            seed=seed,
+            device=device,
+            gpu_type=gpu_type,
+            gpu_count=gpu_count,
+            run_id=run_id,
+        )
+        on_gpu(on_cluster(fitted, *heavy), gpu_type, gpu_count, node_selector, tolerations)
+
+    exported = on_cluster(
+        export(
+            checkpoints=dsl.Collected(fitted.outputs["checkpoint"]),
+            dataset=dataset,
+            name=name,
+            thresholds=thresholds,
+            iou=iou,
+            golden_images=golden_images,
+        ),
+        *heavy,
+    )
+    onnx_model = exported.outputs["onnx_model"]
+    judged = on_cluster(
+        evaluate(onnx_model=onnx_model, dataset=dataset, name=name, champion=champion, gate=gate), *steps
+    )
+    verdict = judged.outputs["verdict"]
+
+    with dsl.If(judged.outputs["Output"] == "promote"):
+        deployed = deploy(
+            onnx_model=onnx_model,
+            verdict=verdict,
+            report=judged.outputs["report"],
+            name=name,
+            champion=champion,
+            target=target,
+            run_id=run_id,
+        )
+        on_cluster(deployed, *steps)
+    with dsl.Else():
+        refused = on_cluster(refuse(onnx_model=onnx_model, verdict=verdict, name=name, run_id=run_id), *steps)
+    # If neither branch ran (a condition that failed to evaluate), OneOf makes that an error instead of a success.
+    return dsl.OneOf(deployed.outputs["Output"], refused.outputs["Output"])
