@@ -35,6 +35,7 @@ __all__ = [
     "exported_frames",
     "frame_key",
     "label_exports",
+    "latest_dataset",
     "read_export",
     "read_rows",
     "table_bytes",
@@ -274,6 +275,14 @@ def exported_frames(store: Store) -> Iterator[LabelledFrame]:
     """Every labelled frame of every export, oldest export first."""
     for export in label_exports(store):
         yield from read_export(store, export)
+
+
+def latest_dataset(store: Store, name: str) -> str:
+    """Digest of the newest complete dataset of this name, by the time of its `stats.json`; empty where there is none."""
+    prefix, marker = f"datasets/{name}/", "/stats.json"
+    complete = [item for item in store.list(prefix) if item.key.endswith(marker)]
+    newest = max(complete, key=lambda item: (item.modified, item.key), default=None)
+    return newest.key[len(prefix) : -len(marker)] if newest else ""
 
 
 def dataset_digest(classes: Sequence[str], rows: Iterable[ManifestRow]) -> str:
