@@ -278,7 +278,7 @@ def exported_frames(store: Store) -> Iterator[LabelledFrame]:
 
 
 def latest_dataset(store: Store, name: str) -> str:
-    """Digest of the newest complete dataset of this name, by the time of its `stats.json`; empty where there is none."""
+    """Digest of the newest complete dataset of this name (by its `stats.json`), or empty where there is none."""
     prefix, marker = f"datasets/{name}/", "/stats.json"
     complete = [item for item in store.list(prefix) if item.key.endswith(marker)]
     newest = max(complete, key=lambda item: (item.modified, item.key), default=None)
