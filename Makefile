@@ -1,0 +1,39 @@
+# Every target sets up what it needs from nothing; all that is written lies in .venv/ and .haechi/.
+PYTHON ?= python3.11
+WORKDIR ?= .haechi/demo
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help demo test lint typecheck compile manifests clean
+
+help: ## show this help
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY) ## run two rounds of the flywheel on this machine and open the result with a prediction
+	$(BIN)/haechi demo --workdir $(WORKDIR)
+
+test: $(READY) ## run the tests (those that need absent things skip with a reason)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(READY) ## check style, security rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(READY) ## check types of an installed wheel, strictly
+	bash .ci/typecheck
+
+compile: $(READY) ## compile the pipeline into pipelines/compiled
+	$(BIN)/haechi compile
+
+manifests: $(READY) ## check every YAML file, and the compiled objects against their schemas
+	$(BIN)/yamllint --strict .
+	$(BIN)/python -m pytest -q tests/test_manifests.py
+
+clean: ## remove the environment, the working folders and build metadata
+	rm -rf .venv .haechi build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
