@@ -6,7 +6,8 @@ Every room decodes through `decode`, so that what was labelled, trained on, eval
 from __future__ import annotations
 
 import io
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,7 +16,7 @@ import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from .errors import InputError
 
@@ -23,6 +24,7 @@ __all__ = [
     "EXTENSIONS",
     "MAX_BYTES",
     "MAX_PIXELS",
+    "ImageError",
     "ImageHeader",
     "NearDuplicates",
     "Signature",
@@ -30,19 +32,44 @@ __all__ = [
     "encode_jpeg",
     "read_header",
     "signature",
+    "sniff",
 ]
 
 Pixels = NDArray[np.uint8]
 
 MAX_BYTES = 64 * 2**20
-MAX_PIXELS = 100_000_000  # a 20,000×20,000 picture (1.2 GB of RGB) is refused from its header alone
+MAX_PIXELS = 80_000_000  # a 20,000×20,000 picture (1.2 GB of RGB) is refused from its header alone
 
 # Formats that cameras and labelling tools write, and the extension under which their frames are kept.
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp", "WEBP": "webp", "TIFF": "tif"}
+# The plugins' classes instead of Image.open: that one warns through process-wide filters, which is no business for
+# threads, and takes a camera's JPEG with a second picture in it (MPO, HDR gain map) for an animation.
+_READERS: dict[str, type[ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+}
 _EXIF_ORIENTATION = 0x0112
 _EXIF_DATETIME = 0x0132
 _EXIF_IFD = 0x8769
 _EXIF_DATETIME_ORIGINAL = 0x9003
+
+
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"RIFF", b"II*\0", b"MM\0*")
+
+
+class ImageError(InputError):
+    """Bytes that are no usable image.
+
+    Attributes:
+        reason: `empty`, `not_an_image`, `corrupt`, `animated` or `too_large`, as quarantine records say.
+    """
+
+    def __init__(self, reason: str, problem: str, remedy: str) -> None:
+        self.reason = reason
+        super().__init__(problem, remedy)
 
 
 @dataclass(frozen=True)
@@ -52,7 +79,7 @@ class ImageHeader:
     Attributes:
         format: Pillow's name, such as `JPEG`.
         width, height: pixels as displayed, that is after the EXIF orientation.
-        frames: more than 1 for an animation or a multi-page file.
+        frames: 1, or 2 for more: an animation or a multi-page file.
         orientation: EXIF orientation, 1 to 8; 1 where absent.
         captured_at: EXIF capture time (taken as UTC), or None.
     """
@@ -70,39 +97,41 @@ class ImageHeader:
         return EXTENSIONS[self.format]
 
 
+def sniff(data: bytes) -> str | None:
+    """The format that the first bytes announce, as in EXTENSIONS; None for any other."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith(b"BM"):
+        return "BMP"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    return "TIFF" if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") else None
+
+
 def read_header(data: bytes) -> ImageHeader:
     """Read format, size, orientation and capture time without decoding pixels.
 
     Raises:
         InputError: empty, not an image of a known format, or larger than MAX_BYTES.
     """
-    if not data:
-        raise InputError("the file is empty", "Upload the frame again.")
-    if len(data) > MAX_BYTES:
-        raise InputError(f"the file has {len(data)} bytes, more than {MAX_BYTES}", "Send a smaller image.")
-    try:
-        with _open(data) as image:
-            exif = image.getexif()
-            orientation = int(exif.get(_EXIF_ORIENTATION, 1) or 1)
-            width, height = image.size if orientation < 5 else image.size[::-1]
-            frames = int(getattr(image, "n_frames", 1))
-            taken = _exif_time(exif.get_ifd(_EXIF_IFD).get(_EXIF_DATETIME_ORIGINAL) or exif.get(_EXIF_DATETIME))
-            return ImageHeader(
-                str(image.format), width, height, frames, orientation if 1 <= orientation <= 8 else 1, taken
-            )
-    except InputError:
-        raise
-    # Pillow's parsers raise nearly anything on hostile headers; each means the same to us.
-    except Exception as error:
-        raise InputError(f"not an image that can be read ({error})", f"Send one of {', '.join(EXTENSIONS)}.") from error
+    with _opened(data) as image:
+        width, height = image.size
+        orientation, taken = _exif(image)
+        # Pillow turns a TIFF by itself and tells the turned size.
+        if orientation >= 5 and image.format != "TIFF":
+            width, height = height, width
+        return ImageHeader(str(image.format), width, height, _frames(image), orientation, taken)
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Decode an encoded image to upright RGB.
 
     Args:
-        data: JPEG, PNG, BMP, WebP or TIFF bytes; grey, palette, RGBA, 16-bit and CMYK become RGB.
-        max_pixels: refuse larger images from their header.
+        data: JPEG, PNG, BMP, WebP or TIFF bytes; grey, palette, RGBA, 16-bit (its high byte) and CMYK become RGB;
+            alpha is dropped.
+        max_pixels: refuse larger images from their header; MAX_PIXELS at most.
 
     Returns:
         uint8 array of shape (height, width, 3), EXIF orientation applied.
@@ -111,55 +140,106 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
         InputError: not an image, truncated, animated, or too large.
     """
     header = read_header(data)
-    if header.width * header.height > max_pixels:
-        raise InputError(
-            f"the image is {header.width}x{header.height}, more than {max_pixels} pixels",
-            "Scale it down before sending.",
+    limit = min(max_pixels, MAX_PIXELS)
+    if header.width * header.height > limit:
+        raise ImageError(
+            "too_large",
+            f"the image is {header.width}x{header.height}, more than {limit} pixels", "Scale it down before sending."
         )
     if header.frames > 1:
-        raise InputError(f"the image has {header.frames} frames", "Send single frames, not animations.")
-    if header.format == "JPEG":
-        fast = _decode_jpeg(data)
-        if fast is not None:
-            return _upright(fast, header.orientation)
-    return _decode_any(data)
+        raise InputError("the image has more than one frame", "Send single frames, not animations or pages.")
+    pixels = _decode_jpeg(data, limit) if header.format == "JPEG" else None
+    if pixels is None:
+        pixels = _decode_any(data)
+    if header.format != "TIFF":
+        pixels = _upright(pixels, header.orientation)
+    if pixels.shape != (header.height, header.width, 3):
+        raise InputError("the image's header and its pixels disagree in size", "Upload the frame again.")
+    return pixels
 
 
-def _open(data: bytes) -> Image.Image:
-    with warnings.catch_warnings():
-        # The pixel bound is ours (MAX_PIXELS), checked from the header by decode().
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            return Image.open(io.BytesIO(data), formats=list(EXTENSIONS))
-        except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-            if isinstance(error, Image.DecompressionBombError):
-                raise InputError(f"the image is too large ({error})", "Scale it down before sending.") from error
-            raise InputError("not an image of a known format", f"Send one of {', '.join(EXTENSIONS)}.") from error
+@contextmanager
+def _opened(data: bytes) -> Iterator[ImageFile.ImageFile]:
+    """Open an image's header; whatever goes wrong with it, there or in the block, is an InputError."""
+    if not data:
+        raise ImageError("empty", "the file is empty", "Upload the frame again.")
+    if len(data) > MAX_BYTES:
+        raise ImageError("too_large", f"the file has {len(data)} bytes, more than {MAX_BYTES}", "Send a smaller image.")
+    kind = sniff(data)
+    if kind is None:
+        raise InputError("not an image of a known format", f"Send one of {', '.join(EXTENSIONS)}.")
+    try:
+        with _READERS[kind](io.BytesIO(data)) as image:
+            if min(image.size) < 1:
+                raise InputError("the image has no pixels", "Upload the frame again.")
+            yield image
+    except InputError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(f"the image is too large ({error})", "Scale it down before sending.") from error
+    # Pillow's parsers raise nearly anything on hostile bytes; each means the same to us.
+    except Exception as error:
+        raise InputError(f"the {kind} is damaged ({error})", "Upload the frame again.") from error
 
 
-def _decode_jpeg(data: bytes) -> Pixels | None:
+def _frames(image: ImageFile.ImageFile) -> int:
+    """1, or 2 for more than one: counting the pages of a TIFF would walk through all of them."""
+    if image.format != "TIFF":
+        return min(2, int(getattr(image, "n_frames", 1)))
+    try:
+        image.seek(1)
+    except EOFError:
+        return 1
+    return 2
+
+
+def _exif(image: Image.Image) -> tuple[int, datetime | None]:
+    """Orientation (1 where absent or nonsense) and capture time; broken EXIF does not spoil a good picture."""
+    try:
+        # The base class's method: that of PNG would decode the whole picture to look behind it.
+        exif = Image.Image.getexif(image)
+        orientation = int(exif.get(_EXIF_ORIENTATION, 1))
+        taken = _exif_time(exif.get_ifd(_EXIF_IFD).get(_EXIF_DATETIME_ORIGINAL) or exif.get(_EXIF_DATETIME))
+    except Exception:
+        return 1, None
+    return (orientation if 1 <= orientation <= 8 else 1), taken
+
+
+def _decode_jpeg(data: bytes, limit: int) -> Pixels | None:
     """libjpeg-turbo's decode; None for what it cannot make RGB of (CMYK), which Pillow then tries."""
     try:
-        _, _, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if colorspace in ("CMYK", "YCCK"):
             return None
-        pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
-        return pixels
+        if height * width > limit:
+            raise InputError("the image's header and its pixels disagree in size", "Upload the frame again.")
+        return _strict_jpeg(data)
     except ValueError as error:
-        raise InputError(f"the JPEG is damaged ({error})", "Upload the frame again.") from error
+        raise ImageError("corrupt", f"the JPEG is damaged ({error})", "Upload the frame again.") from error
+
+
+def _strict_jpeg(data: bytes) -> Pixels:
+    """Decode, refusing all damage but stray bytes after the last row, which many IP cameras write."""
+    try:
+        pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except ValueError as error:
+        if "extraneous bytes before marker 0xd9" not in str(error):
+            raise
+        pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False)
+    return pixels
 
 
 def _decode_any(data: bytes) -> Pixels:
-    try:
-        with _open(data) as image:
-            if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-                wide = np.asarray(image, dtype=np.float64)
-                image = Image.fromarray(np.clip(wide / 257.0 if wide.max() > 255 else wide, 0, 255).astype(np.uint8))
-            return np.ascontiguousarray(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"the image is damaged ({error})", "Upload the frame again.") from error
+    with _opened(data) as image:
+        if image.mode in ("I", "F"):
+            raise InputError("the image has 32-bit samples, whose range is unknown", "Send 8 or 16 bits a sample.")
+        if image.mode.startswith("I;16"):
+            # The high byte, as Pillow takes it of 16-bit colour.
+            grey = (np.asarray(image) >> 8).astype(np.uint8)
+            return np.repeat(grey[:, :, None], 3, axis=2)
+        # Straight to RGB, Pillow warns of a palette with transparency.
+        picture = image.convert("RGBA") if image.mode in ("P", "PA") else image
+        return np.ascontiguousarray(np.asarray(picture.convert("RGB")))
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
