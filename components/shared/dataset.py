@@ -244,7 +244,9 @@ def write_export(
         now: time of writing, UTC; becomes `labelled_at` where a row has none.
     """
     ordered = sorted(rows, key=lambda row: row.sha256)
-    digest = _digest(["haechi-labels", FORMAT_VERSION, kind, *[_label_leaf(row) for row in ordered]])
+    # The sequence decides how frames are grouped: an import made again with another one is another export.
+    leaves = [[*_label_leaf(row), row.sequence] for row in ordered]
+    digest = _digest(["haechi-labels", FORMAT_VERSION, kind, *leaves])
     export_id = f"{kind}-{digest[:12]}"
     marker = f"labels/{export_id}/export.json"
     try:

@@ -30,6 +30,7 @@ class Settings:
         cache_dir: folder for content-addressed frames kept between runs; empty for none.
         workers: concurrent transfers and decodes, at least 1.
         threads: compute threads for torch and onnxruntime; 0 lets them choose.
+        roboflow_api_key: key for imports from Roboflow; empty where none are made. Never printed.
     """
 
     s3_endpoint: str = ""
@@ -41,6 +42,7 @@ class Settings:
     cache_dir: str = ""
     workers: int = 8
     threads: int = 0
+    roboflow_api_key: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         if self.s3_endpoint:
@@ -69,6 +71,7 @@ class Settings:
             cache_dir=env.get("HAECHI_CACHE_DIR", ""),
             workers=_integer(env, "HAECHI_WORKERS", 8),
             threads=_integer(env, "HAECHI_THREADS", 0),
+            roboflow_api_key=env.get("ROBOFLOW_API_KEY", ""),
         )
 
     def to_env(self) -> dict[str, str]:
@@ -83,6 +86,7 @@ class Settings:
             "HAECHI_CACHE_DIR": self.cache_dir,
             "HAECHI_WORKERS": str(self.workers),
             "HAECHI_THREADS": str(self.threads),
+            "ROBOFLOW_API_KEY": self.roboflow_api_key,
         }
 
     @property
