@@ -1,0 +1,367 @@
+"""Console script `haechi`: verb → plain function. Reports go to standard output, progress and errors to standard error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from haechi.components.shared.errors import HaechiError, InputError, SettingsError
+
+__all__ = ["VERBS", "Verb", "main"]
+
+Arguments = argparse.Namespace
+_DEFAULT_WORKDIR = ".haechi/run"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: what it is for, how its arguments are added, what runs, and whether it reports (`--json`)."""
+
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Arguments], int]
+    reports: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, run the verb, and return its exit code (0 well, 2 usage, else by kind of error)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return VERBS[arguments.verb].run(arguments)
+    except HaechiError as error:
+        sys.stderr.write(f"haechi {arguments.verb}: {error}\n")
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"haechi {arguments.verb}: {error.name} is not installed. Run: pip install 'haechi[demo]'\n")
+        return 1
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="haechi", description="A Kubeflow-native flywheel for camera detectors.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        sub = verbs.add_parser(name, help=verb.help, description=verb.help)
+        verb.arguments(sub)
+        if verb.reports:
+            sub.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser
+
+
+def _report(arguments: Arguments, value: Any, lines: Sequence[str]) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) if arguments.json else "\n".join(lines)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add none."""
+
+
+def _workdir_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workdir", type=Path, default=Path(_DEFAULT_WORKDIR), help="folder for all state (default %(default)s)"
+    )
+
+
+# demo, up, down ---------------------------------------------------------------------------------------------------
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workdir", type=Path, default=Path(".haechi/demo"), help="folder for all state (default %(default)s)"
+    )
+
+
+def _demo(arguments: Arguments) -> int:
+    from .demo.demo import demo
+
+    demo(arguments.workdir)
+    return 0
+
+
+def _up(arguments: Arguments) -> int:
+    from .services import up
+
+    settings = up(arguments.workdir).settings()
+    value = {
+        "workdir": str(arguments.workdir),
+        "s3_endpoint": settings.s3_endpoint,
+        "mlflow": settings.mlflow_tracking_uri,
+    }
+    _report(
+        arguments, value, [f"object store  {settings.s3_endpoint}", f"MLflow        {settings.mlflow_tracking_uri}"]
+    )
+    return 0
+
+
+def _down(arguments: Arguments) -> int:
+    from .services import down
+
+    down(arguments.workdir)
+    return 0
+
+
+# run, compile, submit ---------------------------------------------------------------------------------------------
+
+
+def _parameter_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="", help="entrance, safety, or a YAML file of parameters")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a pipeline parameter; VALUE is YAML; dots reach inside",
+    )
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    _parameter_arguments(parser)
+    _workdir_argument(parser)
+
+
+def _run(arguments: Arguments) -> int:
+    from .local_run import run_training
+    from .parameters import run_parameters
+    from .services import services
+
+    parameters = run_parameters(arguments.preset, arguments.set)
+    with services(arguments.workdir) as running:
+        result = run_training(parameters, arguments.workdir, running.settings())
+    value = {
+        "decision": result.decision,
+        "folder": str(result.folder),
+        "seconds": result.seconds,
+        "artifacts": {name: [str(path) for path in paths] for name, paths in result.artifacts.items()},
+    }
+    verdict = json.loads((result.artifact("verdict") / "verdict.json").read_text(encoding="utf-8"))
+    value["verdict"] = verdict
+    lines = [f"decision  {result.decision}", *[f"          {reason}" for reason in verdict["reasons"]]]
+    lines += [f"report    {result.artifact('report')}", f"run       {result.folder}"]
+    _report(arguments, value, lines)
+    return 0
+
+
+def _compile_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=None, help="folder to write to (default: pipelines/compiled)")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the committed files differ")
+
+
+def _compile(arguments: Arguments) -> int:
+    from .compiling import COMPILED, compile_all, differences
+
+    out = arguments.out or COMPILED
+    if not arguments.check:
+        for path in compile_all(out):
+            sys.stdout.write(f"{path}\n")
+        return 0
+    with tempfile.TemporaryDirectory() as fresh:
+        compile_all(Path(fresh))
+        stale = differences(out, Path(fresh))
+    for name in stale:
+        sys.stderr.write(f"{out / name} is not what pipelines/training.py compiles to; run `haechi compile`\n")
+    return 1 if stale else 0
+
+
+def _submit_arguments(parser: argparse.ArgumentParser) -> None:
+    _parameter_arguments(parser)
+    parser.add_argument("--host", required=True, help="URL of the Kubeflow Pipelines API")
+    parser.add_argument("--namespace", default="kubeflow", help="profile namespace (default %(default)s)")
+    parser.add_argument("--token-file", type=Path, help="file with a bearer token (never on the command line)")
+    parser.add_argument("--experiment", default="", help="KFP experiment (default: the pipeline's name)")
+    parser.add_argument("--run-name", default="", help="name shown in the dashboard")
+
+
+def _submit(arguments: Arguments) -> int:
+    from .parameters import run_parameters
+    from .submitting import submit
+
+    token = ""
+    if arguments.token_file:
+        try:
+            token = arguments.token_file.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise InputError(
+                f"--token-file {arguments.token_file}: {error.strerror}", "Name a readable file."
+            ) from error
+    done = submit(
+        run_parameters(arguments.preset, arguments.set),
+        host=arguments.host,
+        namespace=arguments.namespace,
+        token=token,
+        experiment=arguments.experiment,
+        run_name=arguments.run_name,
+    )
+    _report(arguments, done, [f"run  {done['run_id']}", f"see  {done['url']}"])
+    return 0
+
+
+# export, evaluate, serve, predict ---------------------------------------------------------------------------------
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, help="Ultralytics detection checkpoint (.pt)")
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    parser.add_argument("--name", default="", help="model name (default: the checkpoint's)")
+    parser.add_argument("--imgsz", type=int, default=0, help="longer side of the input (default: the checkpoint's)")
+    parser.add_argument("--images", type=Path, help="folder of images to take the golden set from")
+    parser.add_argument("--data", type=Path, help="data.yaml to take the golden set from")
+    parser.add_argument(
+        "--conf", type=float, default=0.25, help="confidence threshold of every class (default %(default)s)"
+    )
+    parser.add_argument("--iou", type=float, default=0.7, help="NMS overlap (default %(default)s)")
+
+
+def _export(arguments: Arguments) -> int:
+    from haechi.components.export.step import export_checkpoint
+
+    model = export_checkpoint(
+        arguments.checkpoint,
+        arguments.out,
+        name=arguments.name,
+        images=arguments.images,
+        data=arguments.data,
+        imgsz=arguments.imgsz,
+        thresholds={"default": arguments.conf},
+        iou=arguments.iou,
+    )
+    lines = [
+        f"model    {model.name} {model.version}",
+        f"classes  {', '.join(model.classes)}",
+        f"golden   {model.golden} images",
+    ]
+    if not model.golden:
+        lines.append("Nothing proves this folder: give --images or --data, or serve it with --allow-unverified.")
+    _report(arguments, asdict(model), [*lines, f"folder   {arguments.out}"])
+    return 0
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="model folder, .onnx, or .pt")
+    parser.add_argument("--data", type=Path, required=True, help="data.yaml")
+    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="split (default %(default)s)")
+
+
+def _evaluate(arguments: Arguments) -> int:
+    from haechi.components.evaluate.standalone import evaluate_model
+
+    value = evaluate_model(arguments.model, arguments.data, arguments.split)
+    lines = [f"{'class':20} {'boxes':>7} {'mAP50-95':>9} {'mAP50':>7}"]
+    for name, row in [*value["per_class"].items(), ("all", {**value, "boxes": ""})]:
+        numbers = ["–" if row[key] is None else f"{row[key]:.3f}" for key in ("map50_95", "map50")]
+        lines.append(f"{name:20} {row['boxes']!s:>7} {numbers[0]:>9} {numbers[1]:>7}")
+    _report(arguments, value, lines)
+    return 0
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="model folder")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    parser.add_argument("--http-port", type=int, default=8080, help="HTTP port (default %(default)s)")
+    parser.add_argument("--grpc-port", type=int, default=8081, help="gRPC port (default %(default)s)")
+    parser.add_argument("--allow-unverified", action="store_true", help="serve a folder that has no golden images")
+
+
+def _serve(arguments: Arguments) -> int:
+    from haechi.serving.serve import serve
+
+    serve(
+        arguments.model,
+        http_port=arguments.http_port,
+        grpc_port=arguments.grpc_port,
+        host=arguments.host,
+        allow_unverified=arguments.allow_unverified,
+    )
+    return 0
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("inputs", nargs="+", help="images, folders, or http(s) image URLs")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--model", type=Path, help="model folder to run here")
+    where.add_argument(
+        "--endpoint", default="", help="V1 URL of a server, such as http://127.0.0.1:8080/v1/models/safety"
+    )
+    parser.add_argument("--out", type=Path, help="folder for drawn pictures")
+
+
+def _predict(arguments: Arguments) -> int:
+    from .predict import predict
+
+    rows = predict(arguments.inputs, model=arguments.model, endpoint=arguments.endpoint, out=arguments.out)
+    sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+    return 1 if any("error" in row for row in rows) else 0
+
+
+# review -----------------------------------------------------------------------------------------------------------
+
+
+def _review_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="show the open review tasks, most uncertain first")
+    answer = actions.add_parser("answer", help="answer one task")
+    for sub in (listing, answer):
+        sub.add_argument("--workdir", type=Path, default=Path(_DEFAULT_WORKDIR), help="folder whose services to use")
+        sub.add_argument("--json", action="store_true", help="print the report as JSON")
+    listing.add_argument(
+        "--images", type=Path, help="also write each frame, with its proposals drawn, into this folder"
+    )
+    answer.add_argument("sha256", help="the frame's SHA-256, or the beginning of it")
+    answer.add_argument("--reviewer", required=True, help="your name; it stays with the labels")
+    how = answer.add_mutually_exclusive_group(required=True)
+    how.add_argument("--accept", action="store_true", help="the proposals are right")
+    how.add_argument("--empty", action="store_true", help="there is no object of any class")
+    how.add_argument(
+        "--boxes", help='JSON list of {"class": name, "box": [x1, y1, x2, y2]} in pixels; - reads standard input'
+    )
+
+
+def _review(arguments: Arguments) -> int:
+    from .reviewing import answer_task, list_open
+
+    if arguments.action == "list":
+        rows = list_open(arguments.workdir, arguments.images)
+        lines = [f"{row['sha256'][:12]}  {row['priority']:.2f}  {row['camera']:12}  {row['reason']}" for row in rows]
+        _report(arguments, rows, [*lines, f"{len(rows)} open"])
+        return 0
+    text = sys.stdin.read() if arguments.boxes == "-" else arguments.boxes
+    done = answer_task(
+        arguments.workdir,
+        arguments.sha256,
+        arguments.reviewer,
+        "[]" if arguments.empty else text,
+        accept=arguments.accept,
+    )
+    _report(arguments, done, [f"{done['sha256'][:12]} answered by {done['reviewer']}: {done['boxes']} boxes"])
+    return 0
+
+
+VERBS: dict[str, Verb] = {
+    "demo": Verb("show the whole journey on this machine", _demo_arguments, _demo),
+    "up": Verb(
+        "start the embedded object store and MLflow, and leave them running", _workdir_argument, _up, reports=True
+    ),
+    "down": Verb("stop what `haechi up` started", _workdir_argument, _down),
+    "run": Verb("run the training pipeline on this machine", _run_arguments, _run, reports=True),
+    "compile": Verb("compile the pipeline to IR and Kubernetes objects", _compile_arguments, _compile),
+    "submit": Verb("start a run on Kubeflow Pipelines", _submit_arguments, _submit, reports=True),
+    "export": Verb("turn a checkpoint into a model folder", _export_arguments, _export, reports=True),
+    "evaluate": Verb("measure a model on labelled images", _evaluate_arguments, _evaluate, reports=True),
+    "serve": Verb("serve a model folder over HTTP", _serve_arguments, _serve),
+    "predict": Verb("detect in images, here or at an endpoint", _predict_arguments, _predict),
+    "review": Verb("list and answer review tasks", _review_arguments, _review),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

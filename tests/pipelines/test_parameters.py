@@ -1,0 +1,90 @@
+"""Presets and `--set`: what a user types becomes checked pipeline parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from haechi.components.shared.errors import InputError
+from haechi.pipelines.parameters import PARAMETERS, load_preset, preset_names, run_parameters
+
+COMPILED = Path(__file__).resolve().parents[2] / "pipelines" / "compiled" / "training.yaml"
+KINDS = {"STRING": str, "LIST": list, "STRUCT": dict, "NUMBER_INTEGER": int, "NUMBER_DOUBLE": float}
+
+
+def test_the_parameter_list_is_the_pipelines_own() -> None:
+    root = next(yaml.safe_load_all(COMPILED.read_text()))["root"]["inputDefinitions"]["parameters"]
+    assert {name: KINDS[entry["parameterType"]] for name, entry in root.items()} == PARAMETERS
+
+
+@pytest.mark.parametrize("name", ["entrance", "safety"])
+def test_every_preset_parses_and_names_its_classes(name: str) -> None:
+    values = load_preset(name)
+    assert name in preset_names()
+    assert values["name"] == name
+    for table in ("bands", "thresholds"):
+        assert set(values[table]) - {"default"} <= set(values["classes"])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        (["seed=3"], {"seed": 3}),
+        (["classes=[a, b]"], {"classes": ["a", "b"]}),
+        (["iou=1"], {"iou": 1.0}),
+        (["gate.min_boxes=5"], {"gate": {"min_boxes": 5}}),
+        (["gpu_count=2"], {"gpu_count": "2"}),
+        (["target=dir:/models"], {"target": "dir:/models"}),
+        (["teacher="], {"teacher": ""}),
+        (['imports=[{uri: "file:///x", covers: [fire]}]'], {"imports": [{"uri": "file:///x", "covers": ["fire"]}]}),
+    ],
+)
+def test_set_words_are_yaml_with_dots(pairs: list[str], expected: dict[str, Any]) -> None:
+    assert run_parameters("", pairs) == expected
+
+
+def test_a_dotted_word_changes_one_item_of_a_preset_and_leaves_the_rest() -> None:
+    values = run_parameters("safety", ["candidates.0.epochs=2", "gate.min_boxes=1"])
+    assert values["candidates"][0]["epochs"] == 2
+    assert values["candidates"][1] == load_preset("safety")["candidates"][1]
+    assert values["gate"]["floors"] == load_preset("safety")["gate"]["floors"]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "named"),
+    [
+        (["sead=3"], "Did you mean 'seed'"),
+        (["seed"], "key=value"),
+        (["seed=x"], "not a int"),
+        (["seed=true"], "not a int"),
+        (["classes=fire"], "classes"),
+        (["candidates=[]"], "candidates is empty"),
+        (["gate=[1"], "not YAML"),
+        (["candidates.7.epochs=1"], "no item '7'"),
+    ],
+)
+def test_a_wrong_word_is_refused_and_named(pairs: list[str], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        run_parameters("safety", pairs)
+
+
+def test_a_preset_may_be_a_file_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\nclasses: [cat]\n")
+    assert run_parameters(str(file), ["seed=1"]) == {"name": "mine", "classes": ["cat"], "seed": 1}
+
+
+@pytest.mark.parametrize("text", ["- a", "name: [", "nam: x"])
+def test_a_broken_preset_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=r"broken\.yaml"):
+        load_preset(str(file))
+
+
+def test_an_unknown_preset_lists_the_known_ones() -> None:
+    with pytest.raises(InputError, match="entrance, safety"):
+        load_preset("factory")
