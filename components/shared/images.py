@@ -24,7 +24,6 @@ __all__ = [
     "EXTENSIONS",
     "MAX_BYTES",
     "MAX_PIXELS",
-    "ImageError",
     "ImageHeader",
     "NearDuplicates",
     "Signature",
@@ -55,21 +54,6 @@ _EXIF_ORIENTATION = 0x0112
 _EXIF_DATETIME = 0x0132
 _EXIF_IFD = 0x8769
 _EXIF_DATETIME_ORIGINAL = 0x9003
-
-
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"RIFF", b"II*\0", b"MM\0*")
-
-
-class ImageError(InputError):
-    """Bytes that are no usable image.
-
-    Attributes:
-        reason: `empty`, `not_an_image`, `corrupt`, `animated` or `too_large`, as quarantine records say.
-    """
-
-    def __init__(self, reason: str, problem: str, remedy: str) -> None:
-        self.reason = reason
-        super().__init__(problem, remedy)
 
 
 @dataclass(frozen=True)
@@ -142,8 +126,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
     header = read_header(data)
     limit = min(max_pixels, MAX_PIXELS)
     if header.width * header.height > limit:
-        raise ImageError(
-            "too_large",
+        raise InputError(
             f"the image is {header.width}x{header.height}, more than {limit} pixels", "Scale it down before sending."
         )
     if header.frames > 1:
@@ -162,9 +145,9 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
 def _opened(data: bytes) -> Iterator[ImageFile.ImageFile]:
     """Open an image's header; whatever goes wrong with it, there or in the block, is an InputError."""
     if not data:
-        raise ImageError("empty", "the file is empty", "Upload the frame again.")
+        raise InputError("the file is empty", "Upload the frame again.")
     if len(data) > MAX_BYTES:
-        raise ImageError("too_large", f"the file has {len(data)} bytes, more than {MAX_BYTES}", "Send a smaller image.")
+        raise InputError(f"the file has {len(data)} bytes, more than {MAX_BYTES}", "Send a smaller image.")
     kind = sniff(data)
     if kind is None:
         raise InputError("not an image of a known format", f"Send one of {', '.join(EXTENSIONS)}.")
@@ -215,7 +198,7 @@ def _decode_jpeg(data: bytes, limit: int) -> Pixels | None:
             raise InputError("the image's header and its pixels disagree in size", "Upload the frame again.")
         return _strict_jpeg(data)
     except ValueError as error:
-        raise ImageError("corrupt", f"the JPEG is damaged ({error})", "Upload the frame again.") from error
+        raise InputError(f"the JPEG is damaged ({error})", "Upload the frame again.") from error
 
 
 def _strict_jpeg(data: bytes) -> Pixels:
