@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "DeployError",
     "DeployRefused",
     "HaechiError",
     "InputError",
@@ -91,3 +92,10 @@ class DeployRefused(HaechiError):
 
     exit_code = 9
     http_status = 409
+
+
+class DeployError(HaechiError):
+    """The deploy target did not take the model (Kubernetes refused or never became ready); it is as it was before."""
+
+    exit_code = 10
+    http_status = 502

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from .errors import InputError, TrackingError
 from .settings import Settings
 
-__all__ = ["VERSION_TAG", "RegisteredVersion", "Tracker", "metric_names"]
+__all__ = ["VERSION_TAG", "RegisteredVersion", "TrackedRun", "Tracker", "metric_names"]
 
 VERSION_TAG = "haechi.version"  # the registry is looked up by this tag; MLflow's own number is only an index
 
@@ -47,6 +47,17 @@ class RegisteredVersion:
     number: int
     version: str
     source: str
+    tags: dict[str, str]
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What MLflow knows of a run: parameters and tags as text, the latest value of each metric, and its status."""
+
+    run_id: str
+    status: str
+    params: dict[str, str]
+    metrics: dict[str, float]
     tags: dict[str, str]
 
 
@@ -151,6 +162,24 @@ class Tracker:
     def finish(self, run_id: str, ok: bool = True) -> None:
         """Close the run as FINISHED or FAILED."""
         self._call(f"the end of run {run_id}", self._client.set_terminated, run_id, "FINISHED" if ok else "FAILED")
+
+    def run(self, run_id: str) -> TrackedRun | None:
+        """What is known of a run, or None where there is none (or its id is empty)."""
+        found = self._call(f"run {run_id}", self._client.get_run, run_id, ignore=_MISSING) if run_id else None
+        if found is None:
+            return None
+        data = found.data
+        return TrackedRun(run_id, found.info.status, dict(data.params), dict(data.metrics), dict(data.tags))
+
+    def find_run(self, experiment: str, tag: str, value: str) -> str:
+        """Id of the oldest run in the experiment that has this tag, or empty: how a repeated step finds its own run."""
+        found = self._call(f"experiment {experiment!r}", self._client.get_experiment_by_name, experiment)
+        if found is None:
+            return ""
+        query = f"tags.`{tag}` = '{_check_model_name(value)}'"
+        order, what = ["attributes.start_time ASC"], f"runs of experiment {experiment!r}"
+        runs = self._call(what, self._client.search_runs, [found.experiment_id], query, max_results=1, order_by=order)
+        return str(runs[0].info.run_id) if runs else ""
 
     def alias(self, model: str, alias: str) -> RegisteredVersion | None:
         """The version that an alias names, or None where there is no such model or alias."""
