@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from haechi.components.shared.errors import HaechiError, InputError, SettingsError
+from haechi.components.shared.errors import HaechiError, InputError
 
 __all__ = ["VERBS", "Verb", "main"]
 
@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"haechi {arguments.verb}: {error}\n")
         return error.exit_code
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith("haechi"):
+            raise
         sys.stderr.write(f"haechi {arguments.verb}: {error.name} is not installed. Run: pip install 'haechi[demo]'\n")
         return 1
     except BrokenPipeError:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from haechi.components.shared.errors import HaechiError, InputError
@@ -52,16 +54,20 @@ def submit(
         )
     import kfp
 
-    package = Path(COMPILED / "training.yaml")
+    package = COMPILED / "training.yaml"
     try:
-        client = kfp.Client(host=host, namespace=namespace, existing_token=token or None)
-        run = client.create_run_from_pipeline_package(
-            str(package),
-            arguments=dict(parameters),
-            run_name=run_name or None,
-            experiment_name=experiment or "training",
-            namespace=namespace,
-        )
+        # The client prints links to standard output, which belongs to our report, and warns at every start that
+        # servers before 2.0 are not for it.
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This client only works with Kubeflow Pipeline")
+            client = kfp.Client(host=host, namespace=namespace, existing_token=token or None)
+            run = client.create_run_from_pipeline_package(
+                str(package),
+                arguments=dict(parameters),
+                run_name=run_name or None,
+                experiment_name=experiment or "training",
+                namespace=namespace,
+            )
     # kfp raises its own API errors, urllib3's, and plain RuntimeErrors for one and the same cause.
     except Exception as error:
         raise SubmitError(
