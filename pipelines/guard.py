@@ -2,13 +2,14 @@
 
 Run as a script with one JSON argument; standard library only, so that it is up in milliseconds. The owner holds the
 write end of the guard's standard input: when the owner ends, however it ends (SIGKILL included), the guard reads
-end-of-file and kills the child's process group. That works on every POSIX system; Linux adds two nets below it: orphans of
-the family fall to the guard (PR_SET_CHILD_SUBREAPER), and the child gets SIGTERM when the guard itself is killed
-(PR_SET_PDEATHSIG).
+end-of-file and kills the child's process group. That works on every POSIX system; Linux adds two nets below it:
+orphans of the family fall to the guard (PR_SET_CHILD_SUBREAPER), and the child gets SIGTERM when the guard itself is
+killed (PR_SET_PDEATHSIG).
 
 The argument: `command` (list), `log` (file to append to, or "" to inherit), `grace` (seconds from SIGTERM to SIGKILL),
-`detach` (true: outlive the owner, watch nothing), `remove` (files to delete at the end).
-The guard writes one JSON line `{"guard": pid, "child": pid}` to its standard output once the child runs.
+`detach` (true: be no child of the owner, and let it say `stay`), `remove` (files to delete at the end).
+The guard writes one JSON line `{"guard": pid, "child": pid}` to its standard output once the child runs. An owner that has
+noted these may write `stay` to the guard's standard input: from then on the child outlives its owner.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def main(order: dict[str, Any]) -> NoReturn:
     spare = _open_streams(order["log"])
     child = _start(order["command"], spare)
     os.write(1, json.dumps({"guard": os.getpid(), "child": child}).encode() + b"\n")
-    _release_streams(order["detach"])
-    status = _watch(child, wake, watch_owner=not order["detach"])
+    _release_streams(1)
+    status = _watch(child, wake)
     _end_family(child, order["grace"])
     for name in order["remove"]:
         Path(name).unlink(missing_ok=True)
@@ -85,27 +86,31 @@ def _start(command: list[str], output: int) -> int:
         os.dup2(null, 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        os.execvp(command[0], command)
+        os.execvp(command[0], command)  # noqa: S606 - the owner chose the command
     except OSError as error:
         os.write(2, f"cannot start {command[0]}: {error}\n".encode())
     finally:
         os._exit(127)
 
 
-def _release_streams(detach: bool) -> None:
+def _release_streams(*numbers: int) -> None:
     """Let go of the owner's streams: a reader of its output must not wait for us."""
     null = os.open(os.devnull, os.O_RDWR)
-    for number in (0, 1, 2) if detach else (1,):
+    for number in numbers:
         os.dup2(null, number)
+    os.close(null)
 
 
-def _watch(child: int, wake: int, watch_owner: bool) -> int | None:
+def _watch(child: int, wake: int) -> int | None:
     """Wait until the child ends (its wait status), the owner is gone, or a signal asks us to stop (None)."""
-    sources = [wake, 0] if watch_owner else [wake]
+    sources = [wake, 0]
     while True:
         ready = select.select(sources, [], [])[0]
-        if 0 in ready and not os.read(0, 64):
-            return None
+        if 0 in ready:
+            if os.read(0, 64) != b"stay":
+                return None
+            sources.remove(0)
+            _release_streams(0, 2)
         if wake in ready:
             asked = os.read(wake, 64)
             if any(number in asked for number in _STOPPING):

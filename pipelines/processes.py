@@ -15,9 +15,10 @@ from pathlib import Path
 
 from haechi.components.shared.errors import HaechiError
 
-__all__ = ["GuardedProcess", "ProcessId", "ServiceError", "tail"]
+__all__ = ["GuardedProcess", "ProcessId", "ServiceError", "stop_pair", "tail"]
 
 _GUARD = Path(__file__).with_name("guard.py")
+_LINUX: bool = sys.platform == "linux"
 
 
 class ServiceError(HaechiError):
@@ -72,7 +73,7 @@ class GuardedProcess:
         log: file that its output is appended to; None for our own standard error.
         env: its whole environment.
         grace: seconds between SIGTERM and SIGKILL when it is stopped.
-        detached: outlive us; nothing is watched.
+        detached: be no child of ours, so that `keep` can let it outlive us.
         remove: files to delete once it has ended.
 
     Raises:
@@ -92,7 +93,7 @@ class GuardedProcess:
         self._grace = grace
         self._guard = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_GUARD), json.dumps({**order, "remove": list(remove)})],
-            stdin=subprocess.DEVNULL if detached else subprocess.PIPE,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=dict(env),
             start_new_session=True,
@@ -121,6 +122,12 @@ class GuardedProcess:
         status = self._guard.wait(seconds)
         self._close()
         return status
+
+    def keep(self) -> None:
+        """Let the detached child outlive us; call it once `guard` and `child` are on record."""
+        assert self._guard.stdin is not None  # noqa: S101 - PIPE above
+        self._guard.stdin.write(b"stay")
+        self._close()
 
     def stop(self) -> None:
         """End the child's process group: SIGTERM, the grace, SIGKILL."""
@@ -155,7 +162,7 @@ def tail(path: Path, lines: int = 15) -> str:
 
 def _started(pid: int) -> str:
     """When a process started, as an opaque text; empty where there is none or it is a zombie."""
-    if sys.platform == "linux":
+    if _LINUX:
         try:
             # Field 2 is the name in brackets and may hold anything, so count from its end: state is 3, start is 22.
             fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
