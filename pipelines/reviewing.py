@@ -64,7 +64,9 @@ def _boxes(text: str) -> list[dict[str, Any]]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise InputError(f"--boxes is not JSON ({error})", 'Write [{"class": "fire", "box": [x1, y1, x2, y2]}].') from error
+        raise InputError(
+            f"--boxes is not JSON ({error})", 'Write [{"class": "fire", "box": [x1, y1, x2, y2]}].'
+        ) from error
     if not isinstance(value, list):
         raise InputError("--boxes is not a list", 'Write [{"class": "fire", "box": [x1, y1, x2, y2]}].')
     return value

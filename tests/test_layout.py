@@ -85,16 +85,16 @@ def test_a_contract_is_thin_and_imports_only_kfp_and_the_standard_library(step: 
         assert len(work) - 1 <= 10, f"{function.name} does work that belongs in step.py"
         documented = ast.get_docstring(function) or ""
         for argument in function.args.args:
-            assert re.search(rf"^\s*{argument.arg}:", documented, re.M), f"{function.name}: {argument.arg} is undocumented"
+            assert re.search(rf"^\s*{argument.arg}:", documented, re.M), (
+                f"{function.name}: {argument.arg} is undocumented"
+            )
 
 
 def test_the_environment_is_read_in_settings_only() -> None:
     reads = re.compile(r"os\.environ\b(?!\.setdefault|\.update|\[[^\]]+\]\s*=)|os\.getenv")
     allowed = {"components/shared/settings.py"}
     found = {
-        str(path.relative_to(ROOT))
-        for path in (ROOT / "components").rglob("*.py")
-        if reads.search(path.read_text())
+        str(path.relative_to(ROOT)) for path in (ROOT / "components").rglob("*.py") if reads.search(path.read_text())
     }
     assert found <= allowed
 

@@ -30,7 +30,9 @@ def test_a_manifest_parses_and_a_kustomization_names_existing_files(path: Path) 
                 assert (path.parent / name).exists(), f"{path} names {name}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "manifests").rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "manifests").rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_a_built_in_object_fits_its_schema_and_carries_the_recommended_labels(path: Path) -> None:
     for entry in _documents(path):
         if entry["apiVersion"] in BUILT_IN:

@@ -49,7 +49,12 @@ def test_a_reporting_verb_offers_json(verb: str, capsys: pytest.CaptureFixture[s
     ],
 )
 def test_an_error_names_the_thing_and_has_its_exit_code(
-    words: list[str], code: int, named: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    code: int,
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(words) == code
@@ -68,7 +73,9 @@ def test_a_word_that_is_no_verb_is_a_usage_error() -> None:
 
 def test_help_starts_without_the_heavy_packages() -> None:
     probe = "import sys, haechi.pipelines.cli; print(sorted({'torch', 'mlflow', 'kfp', 'cv2', 'pyarrow'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_compile_writes_where_it_is_told_and_checks_the_committed_files(
