@@ -38,6 +38,8 @@ Pixels = NDArray[np.uint8]
 
 PADDING = 114  # the grey that YOLO networks are trained with around the picture
 MAX_CANDIDATES = 30_000
+_BLOCK = 256  # boxes that suppression looks at together
+_BATCH = 8  # images in one run of the network, which bounds its memory
 
 
 @dataclass(frozen=True)
@@ -151,24 +153,42 @@ def box_iou(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
     area_a = (a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])
     area_b = (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
     union = area_a[:, None] + area_b[None] - overlap
-    return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+    iou: NDArray[Any] = np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+    return iou
 
 
 def non_maximum_suppression(
     boxes: Floats, scores: Floats, class_ids: NDArray[np.int64], iou: float, max_det: int
 ) -> NDArray[np.intp]:
-    """Greedy suppression within each class (Felzenszwalb et al. 2010); indices kept, best first, at most `max_det`."""
+    """Greedy suppression within each class (Felzenszwalb et al. 2010); indices kept, best first, at most `max_det`.
+
+    Works through the boxes block by block and stops when `max_det` are kept, which at a low confidence limit is
+    long before the last of them.
+    """
     order = np.argsort(-scores, kind="stable")[:MAX_CANDIDATES]
-    kept: list[int] = []
-    # Boxes of other classes never suppress each other: shift each class to a place of its own.
-    span = boxes.max(initial=0.0) - boxes.min(initial=0.0) + 1.0
-    shift = class_ids[:, None].astype(np.float32) * np.float32(span)
-    shifted = boxes + shift
-    while order.size and len(kept) < max_det:
-        best, rest = order[0], order[1:]
-        kept.append(int(best))
-        order = rest[box_iou(shifted[best : best + 1], shifted[rest])[0] <= iou]
-    return np.asarray(kept, dtype=np.intp)
+    kept: NDArray[np.intp] = np.empty(0, dtype=np.intp)
+    for start in range(0, len(order), _BLOCK):
+        block = order[start : start + _BLOCK]
+        block = block[~_overlapping(boxes, class_ids, block, kept, iou).any(axis=1)]
+        rival = _overlapping(boxes, class_ids, block, block, iou)
+        alive = np.ones(len(block), dtype=bool)
+        for index in range(len(block)):
+            if alive[index]:
+                alive[index + 1 :] &= ~rival[index, index + 1 :]
+        kept = np.concatenate([kept, block[alive]])[:max_det]
+        if len(kept) == max_det:
+            break
+    return kept
+
+
+def _overlapping(
+    boxes: Floats, class_ids: NDArray[np.int64], a: NDArray[np.intp], b: NDArray[np.intp], iou: float
+) -> NDArray[np.bool_]:
+    """Which of the boxes `a` and `b` (indices) are of one class and overlap more than `iou`: (len(a), len(b))."""
+    # float64, since the limit rounded to float32 would suppress other boxes than torchvision does.
+    over = box_iou(boxes[a], boxes[b]) > np.float64(iou)
+    both: NDArray[np.bool_] = over & (class_ids[a][:, None] == class_ids[b][None])
+    return both
 
 
 def decode_output(raw: Floats, kind: str, placed: Letterbox, conf: float, iou: float, max_det: int) -> Detections:
@@ -184,13 +204,15 @@ def decode_output(raw: Floats, kind: str, placed: Letterbox, conf: float, iou: f
     """
     if kind == "dense":
         scores = raw[4:].max(axis=0)
-        chosen = np.flatnonzero(scores >= conf)
+        # A broken network's NaN is no box.
+        chosen = np.flatnonzero((scores >= conf) & np.isfinite(raw[:4]).all(axis=0))
         scores = scores[chosen]
         class_ids = raw[4:, chosen].argmax(axis=0).astype(np.int64)
         centre, half = raw[:2, chosen].T, raw[2:4, chosen].T / 2
         boxes = np.concatenate([centre - half, centre + half], axis=1)
         kept = non_maximum_suppression(boxes, scores, class_ids, iou, max_det)
     else:
+        raw = raw[np.isfinite(raw).all(axis=1)]
         boxes, scores, class_ids = raw[:, :4], raw[:, 4], raw[:, 5].round().astype(np.int64)
         chosen = np.flatnonzero(scores >= conf)
         kept = chosen[np.argsort(-scores[chosen], kind="stable")][:max_det]
@@ -225,9 +247,15 @@ def read_head(session: ort.InferenceSession, classes: int) -> Head:
     """Read input and output layout from the graph; nothing is assumed of the family of the network.
 
     Raises:
-        ModelError: an output that is neither (batch, 4 + classes, anchors) nor (batch, n, 6).
+        ModelError: an input that is not float32 (batch, 3, height, width), or an output that is neither
+            (batch, 4 + classes, anchors) nor (batch, n, 6).
     """
     entry, out = session.get_inputs()[0], session.get_outputs()[0]
+    if entry.type != "tensor(float)" or len(entry.shape) != 4 or entry.shape[1] not in (3, None, "channels"):
+        raise ModelError(
+            f"the model's input is {entry.type} of shape {entry.shape}, not float32 (batch, 3, height, width)",
+            "Export it with `haechi export`, without half precision.",
+        )
     batch, _, height, width = [size if isinstance(size, int) else 0 for size in entry.shape]
     shape = list(out.shape)
     if len(shape) == 3 and shape[1] == 4 + classes:
@@ -258,7 +286,7 @@ class Detector:
     ) -> None:
         if imgsz < stride or imgsz % stride:
             raise InputError(f"imgsz is {imgsz}", f"Give a multiple of the network's stride {stride}.")
-        if not head.dynamic and head.height != head.width:
+        if head.height != head.width:
             raise ModelError(
                 f"the graph's input is {head.height}x{head.width}", "Export with a square or dynamic input."
             )
@@ -280,10 +308,15 @@ class Detector:
         return letterbox(pixels, self.imgsz, self.stride, rectangle=self.head.dynamic)
 
     def infer(self, batch: Floats) -> Floats:
-        """The raw network, float32 (n, 3, h, w) to (n, …); a graph of fixed batch is fed one image at a time."""
-        if self.head.batch == 1 and len(batch) > 1:
-            return np.concatenate([self._run(batch[i : i + 1]) for i in range(len(batch))])
-        return self._run(batch)
+        """The raw network, float32 (n, 3, h, w) to (n, …); a graph of fixed batch is fed in such portions, the
+        last one filled up with zeros."""
+        size = self.head.batch
+        if size in (0, len(batch)):
+            return self._run(batch)
+        spare = -len(batch) % size
+        filled = np.concatenate([batch, np.zeros((spare, *batch.shape[1:]), dtype=np.float32)]) if spare else batch
+        parts = [self._run(filled[i : i + size]) for i in range(0, len(filled), size)]
+        return np.concatenate(parts)[: len(batch)]
 
     def detect(
         self, images: Sequence[Pixels], conf: float = 0.25, iou: float = 0.7, max_det: int = 300
@@ -298,17 +331,28 @@ class Detector:
         found: list[Detections | None] = [None] * len(prepared)
         shapes = sorted({canvas.shape for canvas, _ in prepared})
         for shape in shapes:
-            members = [index for index, (canvas, _) in enumerate(prepared) if canvas.shape == shape]
-            raw = self.infer(to_tensor([prepared[index][0] for index in members]))
-            for row, index in enumerate(members):
-                found[index] = decode_output(raw[row], self.head.kind, prepared[index][1], conf, iou, max_det)
+            same = [index for index, (canvas, _) in enumerate(prepared) if canvas.shape == shape]
+            for members in (same[start : start + _BATCH] for start in range(0, len(same), _BATCH)):
+                raw = self.infer(to_tensor([prepared[index][0] for index in members]))
+                for row, index in enumerate(members):
+                    found[index] = decode_output(raw[row], self.head.kind, prepared[index][1], conf, iou, max_det)
         return [item for item in found if item is not None]
 
 
 def classes_of_graph(session: ort.InferenceSession) -> list[str]:
-    """Class names from the metadata that Ultralytics writes into the graph; empty where there are none."""
+    """Class names from the metadata that Ultralytics writes into the graph; empty where there are none.
+
+    Raises:
+        ModelError: there are some, but they cannot be read.
+    """
     names = session.get_modelmeta().custom_metadata_map.get("names", "")
     if not names:
         return []
-    table = ast.literal_eval(names)
-    return [str(table[key]) for key in sorted(table, key=int)]
+    try:
+        table = ast.literal_eval(names)
+        ordered = table if isinstance(table, list) else [table[key] for key in sorted(table, key=int)]
+    except (ValueError, SyntaxError, TypeError, RecursionError) as error:
+        raise ModelError(
+            f"the graph's metadata `names` is not a table of class names ({error})", "Export it with `haechi export`."
+        ) from error
+    return [str(name) for name in ordered]
