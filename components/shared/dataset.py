@@ -188,13 +188,22 @@ def read_rows(source: Path | bytes, kind: type[_Row]) -> list[_Row]:
         IntegrityError: not such a table.
     """
     try:
-        table = pq.read_table(io.BytesIO(source) if isinstance(source, bytes) else source, schema=schema(kind))
-    except (pa.ArrowInvalid, OSError) as error:
+        table = _table(io.BytesIO(source) if isinstance(source, bytes) else source, schema(kind))
+    except (pa.ArrowException, OSError, ValueError) as error:
         name = "the table" if isinstance(source, bytes) else str(source)
         raise IntegrityError(
             f"{name} is not a table of {kind.__name__} rows ({error})", "Run the step that wrote it again."
         ) from error
     return [_row(kind, entry) for entry in table.to_pylist()]
+
+
+def _table(source: Path | io.BytesIO, wanted: pa.Schema) -> pa.Table:
+    with pq.ParquetFile(source) as file:
+        # Asked for a schema, pyarrow would fill a missing column with nulls: frames read as labels without boxes.
+        missing = set(wanted.names) - set(file.schema_arrow.names)
+        if missing:
+            raise pa.ArrowInvalid(f"no column {', '.join(sorted(missing))}")
+        return file.read(columns=wanted.names).select(wanted.names).cast(wanted)
 
 
 def _plain(row: Frame) -> dict[str, Any]:
@@ -294,12 +303,9 @@ def dataset_digest(classes: Sequence[str], rows: Iterable[ManifestRow]) -> str:
     actor), so that any change in what is learnt from, or in who said so, is another dataset. Leaves are ordered by
     sha256; odd nodes are promoted. Leaf and node hashes have different prefixes (RFC 6962, section 2.1).
     """
-    level = [
-        hashlib.sha256(
-            b"\x00" + json.dumps([*_label_leaf(row), row.group, row.split], separators=(",", ":")).encode()
-        ).digest()
-        for row in sorted(rows, key=lambda row: row.sha256)
-    ]
+    leaves = [json.dumps([*_label_leaf(row), row.group, row.split], separators=(",", ":")).encode() for row in rows]
+    # A leaf begins with its sha256, so that sorting leaves sorts by that.
+    level = [hashlib.sha256(b"\x00" + leaf).digest() for leaf in sorted(leaves)]
     while len(level) > 1:
         paired = [hashlib.sha256(b"\x01" + a + b).digest() for a, b in zip(level[::2], level[1::2], strict=False)]
         level = paired + (level[-1:] if len(level) % 2 else [])
@@ -311,7 +317,8 @@ def _label_leaf(row: LabelledFrame) -> list[Any]:
     boxes = sorted(
         [
             box.class_name,
-            *[f"{value:.3f}" for value in (box.x1, box.y1, box.x2, box.y2)],
+            # Adding zero makes the zero of -0.0 positive.
+            *[f"{round(value, 3) + 0.0:.3f}" for value in (box.x1, box.y1, box.x2, box.y2)],
             box.origin,
             box.actor,
             box.parent,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -34,19 +35,21 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         StorageError: the disk is full or not writable; nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    name = ""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         # mkstemp makes private files; others (the next pod's user) must be able to read an artifact.
         Path(name).chmod(0o644)
         Path(name).replace(path)
-    except OSError as error:
-        Path(name).unlink(missing_ok=True)
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}", "Free disk space or check the mount."
-        ) from error
+    except BaseException as error:
+        if name:
+            Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _not_written(str(path), error) from error
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,24 +67,56 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield an empty sibling folder that takes `target`'s place when the block ends well.
 
     On an error the sibling is removed and `target` is as it was. A killed process can leave a
-    `.<name>.partial-*` sibling, which the next call removes.
+    `.<name>.partial-*` sibling, which the next call removes, or (killed between two renames) the former folder as
+    `.<name>.former`, which the next call puts back. One writer a target at a time.
 
     Raises:
         StorageError: an OSError inside the block (a full disk, say), told with the folder's name.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.name}.partial-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
+    former = target.parent / f".{target.name}.former"
+    partial = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _recover(target, former)
+        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
         yield partial
         partial.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
+        # A folder cannot be renamed onto a filled one: set the old one aside, and keep it until the new one is there.
+        if _present(target):
+            target.replace(former)
         partial.replace(target)
+        _discard(former)
     except OSError as error:
-        raise StorageError(
-            f"cannot write folder {target}: {error.strerror or error}", "Free disk space or check the mount."
-        ) from error
+        if _present(former) and not _present(target):
+            former.replace(target)
+        raise _not_written(f"folder {target}", error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _recover(target: Path, former: Path) -> None:
+    """Undo what a killed writer left."""
+    if _present(former):
+        if _present(target):
+            _discard(former)
+        else:
+            former.replace(target)
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _present(path: Path) -> bool:
+    return path.is_symlink() or path.exists()
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _not_written(what: str, error: OSError) -> StorageError:
+    detail = f"{error.strerror} ({error.filename})" if error.strerror and error.filename else str(error)
+    return StorageError(f"cannot write {what}: {detail}", "Free disk space or check the mount.")

@@ -109,6 +109,7 @@ class ModelFolder:
             entry = read_json(folder / "model.json")
             entry["classes"] = tuple(entry["classes"])
             model = cls(**entry)
+            model._check()
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ModelError(
                 f"{folder} is not a model folder: model.json cannot be read ({error})",
@@ -125,6 +126,16 @@ class ModelFolder:
                 f"{folder}/model.onnx is not the file that model.json describes", "Fetch the folder again."
             )
         return model
+
+    def _check(self) -> None:
+        """Raise a ValueError that names the field which contradicts another."""
+        if not self.classes or len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"classes {list(self.classes)} are none or not distinct")
+        wrong = [name for name in self.classes if not 0 <= self.thresholds.get(name, -1) <= 1]
+        if wrong:
+            raise ValueError(f"thresholds has no value from 0 to 1 for {', '.join(wrong)}")
+        if self.version != self.onnx_sha256[:12]:
+            raise ValueError(f"version {self.version} is not the beginning of onnx_sha256")
 
     def detector(self, folder: Path, threads: int = 0) -> Detector:
         """Open the graph as a detector."""
@@ -144,14 +155,23 @@ def write_golden(folder: Path, images: list[GoldenImage], classes: tuple[str, ..
 
 
 def read_golden(folder: Path) -> list[GoldenImage]:
-    """The golden images of a model folder; empty where it has none."""
+    """The golden images of a model folder; empty where it has none.
+
+    Raises:
+        IntegrityError: an image is missing, or golden.json is not such a list.
+    """
     path = folder / "golden" / "golden.json"
     if not path.is_file():
         return []
-    return [
-        GoldenImage(row["file"], (folder / "golden" / Path(row["file"]).name).read_bytes(), from_rows(row["boxes"]))
-        for row in read_json(path)["images"]
-    ]
+    try:
+        return [
+            GoldenImage(row["file"], (folder / "golden" / Path(row["file"]).name).read_bytes(), from_rows(row["boxes"]))
+            for row in read_json(path)["images"]
+        ]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise IntegrityError(
+            f"the golden images of {folder} cannot be read ({error})", "Fetch the folder again."
+        ) from error
 
 
 def from_rows(rows: list[dict[str, Any]]) -> Detections:

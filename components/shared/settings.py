@@ -46,12 +46,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.s3_endpoint:
-            parts = urlsplit(self.s3_endpoint)
-            if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/"):
-                raise SettingsError(
-                    f"HAECHI_S3_ENDPOINT is {self.s3_endpoint!r}, not a URL of scheme and host",
-                    "Set it to something like http://minio.minio:9000, without a path.",
-                )
+            _check_endpoint(self.s3_endpoint)
+        if bool(self.s3_access_key) != bool(self.s3_secret_key):
+            raise SettingsError(
+                "only one of HAECHI_S3_ACCESS_KEY and HAECHI_S3_SECRET_KEY is set",
+                "Set both, or neither for anonymous access.",
+            )
         if self.workers < 1:
             raise SettingsError(f"HAECHI_WORKERS is {self.workers}", "Set it to 1 or more.")
         if self.threads < 0:
@@ -59,14 +59,14 @@ class Settings:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
-        """Read the settings from `env` (default: the process's environment)."""
+        """Read the settings from `env` (default: the process's environment); an empty variable counts as unset."""
         env = os.environ if env is None else env
         return cls(
             s3_endpoint=env.get("HAECHI_S3_ENDPOINT", ""),
             s3_access_key=env.get("HAECHI_S3_ACCESS_KEY", ""),
             s3_secret_key=env.get("HAECHI_S3_SECRET_KEY", ""),
-            s3_region=env.get("HAECHI_S3_REGION", "us-east-1"),
-            bucket=env.get("HAECHI_BUCKET", "haechi"),
+            s3_region=env.get("HAECHI_S3_REGION") or "us-east-1",
+            bucket=env.get("HAECHI_BUCKET") or "haechi",
             mlflow_tracking_uri=env.get("MLFLOW_TRACKING_URI", ""),
             cache_dir=env.get("HAECHI_CACHE_DIR", ""),
             workers=_integer(env, "HAECHI_WORKERS", 8),
@@ -93,6 +93,25 @@ class Settings:
     def cache_path(self) -> Path | None:
         """The cache folder, or None where no cache is wanted."""
         return Path(self.cache_dir) if self.cache_dir else None
+
+
+def _check_endpoint(endpoint: str) -> None:
+    try:
+        parts = urlsplit(endpoint)
+        # Reading the port checks it.
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        sound = False
+        parts = urlsplit("")
+    if "@" in endpoint:
+        raise SettingsError(
+            "HAECHI_S3_ENDPOINT holds credentials", "Put them in HAECHI_S3_ACCESS_KEY and HAECHI_S3_SECRET_KEY."
+        )
+    if not sound or parts.path.strip("/") or parts.query or parts.fragment:
+        raise SettingsError(
+            f"HAECHI_S3_ENDPOINT is {endpoint!r}, not a URL of scheme and host",
+            "Set it to something like http://minio.minio:9000, without a path.",
+        )
 
 
 def _integer(env: Mapping[str, str], name: str, default: int) -> int:
