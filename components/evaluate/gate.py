@@ -1,0 +1,318 @@
+"""The promotion gate: promote, refuse, or say that the test holds too little to tell.
+
+A challenger must have enough labelled boxes and groups to be judged at all, reach its floors, and against a champion
+show on the same resampled groups that it is better on the whole and no worse in any class. The burden of proof lies
+with the challenger, and `min_gain` is never negative, so that small losses cannot add up from round to round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from ..shared.errors import InputError
+
+from .bootstrap import Interval, draw_groups, interval, mean_over, resample
+from .score import ModelScore
+
+__all__ = ["Check", "Comparison", "Gate", "Judgement", "compare", "judge"]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What the gate asks for. All AP values are fractions, 0 to 1.
+
+    Attributes:
+        min_boxes: boxes that each class must have in test, else `not_enough_data`.
+        min_groups: groups that must hold a box of the class; intervals from fewer mean little.
+        floors: AP50 that each class must reach: class name → value, `default` for the others; empty for no floor.
+        min_gain: by how much mAP50-95 must exceed the champion's.
+        noninferiority: loss of mAP50-95 that the interval must rule out.
+        max_class_drop: largest loss of AP50-95 in any one class.
+        confidence: of all intervals.
+        draws: of the bootstrap.
+        seed: of the bootstrap.
+    """
+
+    min_boxes: int = 20
+    min_groups: int = 5
+    floors: dict[str, float] = field(default_factory=dict)
+    min_gain: float = 0.0
+    noninferiority: float = 0.02
+    max_class_drop: float = 0.05
+    confidence: float = 0.95
+    draws: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("min_boxes", 1, 10**9), ("min_groups", 1, 10**9), ("draws", 100, 100_000)):
+            _between(name, getattr(self, name), low, high)
+        for name in ("min_gain", "noninferiority", "max_class_drop"):
+            _between(name, getattr(self, name), 0, 1)
+        _between("confidence", self.confidence, 0.5, 0.9999)
+        _between("seed", self.seed, 0, 2**63)
+        for name, value in self.floors.items():
+            _between(f"floors.{name}", value, 0, 1)
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> Gate:
+        """Read a gate from a preset's or pipeline's mapping; whole numbers may come as floats, as kfp hands them.
+
+        Raises:
+            InputError: an unknown key, a wrong type or a value out of range.
+        """
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(entry) - known)
+        if unknown:
+            raise InputError(f"gate.{unknown[0]} is no parameter of the gate", f"It knows {', '.join(sorted(known))}.")
+        whole = {"min_boxes", "min_groups", "draws", "seed"}
+        values: dict[str, Any] = {
+            name: _number(name, value, name in whole) for name, value in entry.items() if name != "floors"
+        }
+        floors = entry.get("floors") or {}
+        if not isinstance(floors, Mapping):
+            raise InputError(f"gate.floors is {floors!r}", "Give class names with their AP50, such as {default: 0.3}.")
+        return cls(floors={str(k): float(_number(f"floors.{k}", v, False)) for k, v in floors.items()}, **values)
+
+    def floor(self, class_name: str) -> float | None:
+        """The AP50 floor of a class, or None."""
+        return self.floors.get(class_name, self.floors.get("default"))
+
+    def check_classes(self, classes: Sequence[str]) -> None:
+        """Raise an InputError where a floor names no class of the dataset."""
+        for name in self.floors:
+            if name != "default" and name not in classes:
+                raise InputError(
+                    f"gate.floors names {name!r}, which is no class of the dataset", f"It has {', '.join(classes)}."
+                )
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was asked: `value` against `limit`, with the interval where there is one."""
+
+    name: str
+    ok: bool
+    value: float | str | None
+    limit: float | str
+    sentence: str
+    interval: Interval | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of verdict.json."""
+        entry = asdict(self)
+        entry["interval"] = [self.interval.low, self.interval.high] if self.interval else []
+        return entry
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Intervals of both models and of their difference; keys are class names, and empty for the mean over classes.
+
+    Attributes:
+        challenger, champion: intervals of AP50-95.
+        gains: challenger's AP50-95 less the champion's, over what both know: the value and its interval.
+        shared: classes that have an AP in both.
+    """
+
+    challenger: dict[str, Interval]
+    champion: dict[str, Interval]
+    gains: dict[str, tuple[float, Interval]]
+    shared: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The decision, why, and all that was checked."""
+
+    decision: str
+    reasons: tuple[str, ...]
+    checks: tuple[Check, ...]
+
+
+def compare(gate: Gate, challenger: ModelScore, champion: ModelScore | None) -> Comparison:
+    """Resample the test's groups and hold both models against each other on the same draws."""
+    groups = len(challenger.matches[0].boxes) if challenger.matches else 0
+    weights = draw_groups(groups, gate.draws, gate.seed)
+    names = challenger.classes
+    ours = resample(challenger, weights).map50_95
+    scored = [index for index, name in enumerate(names) if challenger.per_class[name].map50_95 is not None]
+    if champion is None:
+        return Comparison(_intervals(gate, names, ours, scored), {}, {}, ())
+    theirs = resample(champion, weights).map50_95
+    others = [index for index, name in enumerate(names) if champion.per_class[name].map50_95 is not None]
+    both = [index for index in scored if index in others]
+    shared = tuple(names[index] for index in both)
+    changes = _intervals(gate, names, ours - theirs, both)
+    gains = {name: (_gain(challenger, champion, name, shared), bounds) for name, bounds in changes.items()}
+    return Comparison(_intervals(gate, names, ours, scored), _intervals(gate, names, theirs, others), gains, shared)
+
+
+def _gain(challenger: ModelScore, champion: ModelScore, name: str, shared: Sequence[str]) -> float:
+    over = [name] if name else shared
+    pairs = [(challenger.per_class[item].map50_95, champion.per_class[item].map50_95) for item in over]
+    return sum((ours or 0.0) - (theirs or 0.0) for ours, theirs in pairs) / len(pairs)
+
+
+def _intervals(gate: Gate, names: Sequence[str], values: Any, columns: Sequence[int]) -> dict[str, Interval]:
+    every = {"": interval(mean_over(values, columns), gate.confidence)} if columns else {}
+    every |= {names[index]: interval(values[:, index], gate.confidence) for index in columns}
+    return {name: bounds for name, bounds in every.items() if bounds}
+
+
+def judge(
+    gate: Gate,
+    challenger: ModelScore,
+    champion: ModelScore | None,
+    comparison: Comparison,
+    challenger_version: str,
+    champion_version: str,
+) -> Judgement:
+    """Decide.
+
+    `refuse` if it is the champion already; else `not_enough_data` where a class has too few boxes or groups; else
+    `refuse` where another check failed; else `promote`. Every check is listed, whatever decided.
+    """
+    data = _data_checks(gate, challenger)
+    merit = _floor_checks(gate, challenger)
+    if champion is not None:
+        merit += _champion_checks(gate, champion, comparison)
+    if champion_version and champion_version == challenger_version:
+        same = Check(
+            "another_version",
+            False,
+            challenger_version,
+            champion_version,
+            f"Version {challenger_version} is the champion already: there is nothing to promote.",
+        )
+        return Judgement("refuse", (same.sentence,), (same, *data, *_floor_checks(gate, challenger)))
+    checks = (*data, *merit)
+    lacking = [check.sentence for check in data if not check.ok]
+    failed = [check.sentence for check in merit if not check.ok]
+    if lacking:
+        return Judgement("not_enough_data", tuple(lacking), checks)
+    if failed:
+        return Judgement("refuse", tuple(failed), checks)
+    return Judgement("promote", tuple(_praise(gate, challenger, champion, comparison, champion_version)), checks)
+
+
+def _data_checks(gate: Gate, score: ModelScore) -> list[Check]:
+    checks = []
+    for name, item in score.per_class.items():
+        boxes, groups = _count(item.boxes, "box", "boxes"), _count(item.groups, "group", "groups")
+        checks.append(
+            Check(
+                f"boxes/{name}",
+                item.boxes >= gate.min_boxes,
+                item.boxes,
+                gate.min_boxes,
+                f"{name} has {boxes} in the test; the gate asks for {gate.min_boxes}.",
+            )
+        )
+        checks.append(
+            Check(
+                f"groups/{name}",
+                item.groups >= gate.min_groups,
+                item.groups,
+                gate.min_groups,
+                f"The test's boxes of {name} come from {groups}; the gate asks for {gate.min_groups}.",
+            )
+        )
+    if not checks:
+        checks.append(Check("classes", False, 0, 1, "The dataset has no class, so there is nothing to judge."))
+    return checks
+
+
+def _floor_checks(gate: Gate, score: ModelScore) -> list[Check]:
+    checks = []
+    for name, item in score.per_class.items():
+        if not item.known:
+            checks.append(Check(f"knows/{name}", False, "no", "yes", f"The model does not have the class {name}."))
+        floor = gate.floor(name)
+        if floor is not None and item.known:
+            value = "unknown" if item.map50 is None else f"{item.map50:.3f}"
+            ok = item.map50 is not None and item.map50 >= floor
+            relation = "reaches" if ok else "is below"
+            sentence = f"AP50 of {name} is {value}, which {relation} its floor of {floor:.3f}."
+            checks.append(Check(f"floor/{name}", ok, item.map50, floor, sentence))
+    return checks
+
+
+def _champion_checks(gate: Gate, champion: ModelScore, comparison: Comparison) -> list[Check]:
+    if "" not in comparison.gains:
+        return []
+    gain, bounds = comparison.gains[""]
+    told = _told(gate, bounds)
+    checks = [
+        Check(
+            "gain",
+            gain >= gate.min_gain,
+            gain,
+            gate.min_gain,
+            f"mAP50-95 changes by {gain:+.3f} ({told}) against the champion; the gate asks for {gate.min_gain:+.3f}.",
+            bounds,
+        ),
+        Check(
+            "noninferiority",
+            bounds.low >= -gate.noninferiority,
+            bounds.low,
+            -gate.noninferiority,
+            f"A loss of more than {gate.noninferiority:.3f} mAP50-95 is "
+            f"{'' if bounds.low >= -gate.noninferiority else 'not '}ruled out: the change is {gain:+.3f} ({told}).",
+            bounds,
+        ),
+    ]
+    for name in comparison.shared:
+        change, bounds = comparison.gains[name]
+        ok = change >= -gate.max_class_drop
+        sentence = (
+            f"AP50-95 of {name} changes by {change:+.3f} ({_told(gate, bounds)}); "
+            f"a loss of up to {gate.max_class_drop:.3f} is allowed."
+        )
+        checks.append(Check(f"class_drop/{name}", ok, change, -gate.max_class_drop, sentence, bounds))
+    return checks
+
+
+def _praise(
+    gate: Gate, challenger: ModelScore, champion: ModelScore | None, comparison: Comparison, champion_version: str
+) -> list[str]:
+    bounds = comparison.challenger.get("")
+    told = f" ({gate.confidence:.0%} interval {bounds.low:.3f} to {bounds.high:.3f})" if bounds else ""
+    frames = max(item.frames for item in challenger.per_class.values())
+    floors = "every class reaches its floor" if gate.floors else "no floor is set"
+    reasons = [f"mAP50-95 is {challenger.mean('map50_95'):.3f}{told} on {frames} test frames, and {floors}."]
+    if champion is None:
+        return [*reasons, "There is no champion to compare with."]
+    if "" not in comparison.gains:
+        return [*reasons, f"The champion {champion_version} knows none of these classes, so nothing can be compared."]
+    gain, change = comparison.gains[""]
+    return [
+        *reasons,
+        f"Against the champion {champion_version} mAP50-95 changes by {gain:+.3f} ({_told(gate, change)}), and no "
+        f"class loses more than {gate.max_class_drop:.3f}.",
+    ]
+
+
+def _told(gate: Gate, bounds: Interval) -> str:
+    return f"{gate.confidence:.0%} interval {bounds.low:+.3f} to {bounds.high:+.3f}"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number or 'no'} {one if number == 1 else many}"
+
+
+def _number(name: str, value: Any, whole: bool) -> float | int:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"gate.{name} is {value!r}, not a number", "Give a number.")
+    if not whole:
+        return float(value)
+    if not math.isfinite(value) or value != int(value):
+        raise InputError(f"gate.{name} is {value!r}, not a whole number", "Give a whole number.")
+    return int(value)
+
+
+def _between(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise InputError(f"gate.{name} is {value}", f"Give a value from {low} to {high}.")
