@@ -42,12 +42,14 @@ class RegisteredVersion:
         version: Haechi's version (12 hex digits), from tag `haechi.version`; empty where someone registered by hand.
         source: URI of the model folder.
         tags: all tags.
+        description: Markdown for MLflow's page of it.
     """
 
     number: int
     version: str
     source: str
     tags: dict[str, str]
+    description: str = ""
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ class Tracker:
     def register(
         self, model: str, version: str, source: str, run_id: str, tags: Mapping[str, str], description: str = ""
     ) -> RegisteredVersion:
-        """Register a version once: a repeated call finds it by its tag `haechi.version` and brings its tags up to date.
+        """Register a version once; a repeated call finds it by its tag `haechi.version`, and updates tags and text.
 
         Two callers at the same moment may both create one; everyone then uses the lower number.
 
@@ -232,7 +234,9 @@ class Tracker:
         for key, value in wanted.items():
             if found.tags.get(key) != value:
                 self._call(what, self._client.set_model_version_tag, model, str(found.number), key, value)
-        return RegisteredVersion(found.number, version, found.source, {**found.tags, **wanted})
+        if found.description != description:
+            self._call(what, self._client.update_model_version, model, str(found.number), description)
+        return RegisteredVersion(found.number, version, found.source, {**found.tags, **wanted}, description)
 
     def set_alias(self, model: str, alias: str, number: int) -> None:
         """Let an alias name the version of this MLflow number."""
@@ -284,7 +288,8 @@ class Tracker:
 
 def _version(found: Any) -> RegisteredVersion:
     tags = {str(key): str(value) for key, value in (found.tags or {}).items()}
-    return RegisteredVersion(int(found.version), tags.get(VERSION_TAG, ""), str(found.source), tags)
+    number, text = int(found.version), str(found.description or "")
+    return RegisteredVersion(number, tags.get(VERSION_TAG, ""), str(found.source), tags, text)
 
 
 def _check_model_name(name: str) -> str:

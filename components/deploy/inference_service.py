@@ -1,0 +1,190 @@
+"""The target `kserve:<namespace>/<name>`: apply an InferenceService, wait until it is ready, or put the old one back.
+
+Only the fields in `manifest` are ours (server-side apply, manager `haechi-deploy`); replicas, resources, service
+account and the rest belong to whoever set them, and stay. The S3 credentials of KServe's storage initializer come with
+the predictor's service account, which a person sets on the object or on the namespace.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from haechi.components.shared.errors import DeployError
+from haechi.components.shared.model_folder import ModelFolder
+from haechi.components.shared.progress import say
+
+from .kubernetes_api import MANAGER, InferenceServiceApi
+
+__all__ = ["PREVIOUS", "Patience", "manifest", "roll_out"]
+
+PREVIOUS = "haechi.io/previous-storage-uri"  # lets a repeated step, killed while it waited, still go back
+_LABEL_LENGTH = 63
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for the service.
+
+    Attributes:
+        timeout: seconds until it must be ready; covers a node that must start first.
+        poll: seconds between looks.
+        blocked: seconds that KServe may report a failed load before we believe it (a pod is retried meanwhile).
+    """
+
+    timeout: float = 900.0
+    poll: float = 2.0
+    blocked: float = 60.0
+
+    def __post_init__(self) -> None:
+        if min(self.timeout, self.poll) <= 0 or self.blocked < 0:
+            raise ValueError("timeout and poll are positive, blocked is not negative")
+
+
+def manifest(namespace: str, name: str, model: ModelFolder, storage_uri: str) -> dict[str, Any]:
+    """The InferenceService for a stored model folder, as a plain dict.
+
+    Args:
+        namespace, name: of the object.
+        model: the model folder's description.
+        storage_uri: `s3://<bucket>/models/<name>/<version>`, without a slash at the end.
+    """
+    body = _body(namespace, name, model.name, model.version, storage_uri)
+    body["metadata"]["annotations"] = {
+        "haechi.io/onnx-sha256": model.onnx_sha256,
+        "haechi.io/checkpoint-sha256": model.checkpoint_sha256,
+        "haechi.io/dataset-digest": model.dataset_digest,
+        "haechi.io/run-id": model.run_id,
+    }
+    return body
+
+
+def roll_out(api: InferenceServiceApi, wanted: dict[str, Any], patience: Patience) -> None:
+    """Apply `wanted` and wait until KServe serves it; where it does not, put the previous model back.
+
+    A repeated call finds its own object and only waits.
+
+    Raises:
+        DeployError: refused, or not ready in time (then with the conditions' messages, and what was put back).
+    """
+    before = api.get()
+    _refuse_canary(api, before)
+    previous = _previous_uri(before, _storage_uri(wanted))
+    if previous:
+        wanted["metadata"]["annotations"][PREVIOUS] = previous
+    applied = api.apply(wanted)
+    say(f"InferenceService {api.namespace}/{api.name} names {_storage_uri(wanted)}; waiting until it is ready")
+    try:
+        _wait(api, int(applied["metadata"]["generation"]), patience)
+    except DeployError as error:
+        raise DeployError(f"{error.problem}. {_go_back(api, wanted, previous)}", error.remedy) from error
+
+
+def _body(namespace: str, name: str, model: str, version: str, storage_uri: str) -> dict[str, Any]:
+    labels = {
+        "app.kubernetes.io/name": model[:_LABEL_LENGTH].rstrip("-._"),
+        "app.kubernetes.io/instance": name,
+        "app.kubernetes.io/version": version,
+        "app.kubernetes.io/component": "detector",
+        "app.kubernetes.io/part-of": "haechi",
+        "app.kubernetes.io/managed-by": MANAGER,
+    }
+    served = {"modelFormat": {"name": "yolo-onnx"}, "protocolVersion": "v2", "storageUri": storage_uri}
+    return {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {"name": name, "namespace": namespace, "labels": labels},
+        "spec": {"predictor": {"model": served}},
+    }
+
+
+def _storage_uri(found: dict[str, Any] | None) -> str:
+    predictor = ((found or {}).get("spec") or {}).get("predictor") or {}
+    return str((predictor.get("model") or {}).get("storageUri") or "")
+
+
+def _previous_uri(before: dict[str, Any] | None, wanted: str) -> str:
+    current = _storage_uri(before)
+    if before is None or current != wanted:
+        return current
+    return str((before["metadata"].get("annotations") or {}).get(PREVIOUS, ""))
+
+
+def _refuse_canary(api: InferenceServiceApi, before: dict[str, Any] | None) -> None:
+    """A plain switch under a canary would send part of the traffic to something that nobody judged."""
+    spec = (before or {}).get("spec") or {}
+    share = (spec.get("predictor") or {}).get("canaryTrafficPercent")
+    if spec.get("canary") or share not in (None, 100):
+        raise DeployError(
+            f"InferenceService {api.namespace}/{api.name} has a canary under way",
+            "Promote or remove the canary (spec.canary, canaryTrafficPercent), then run deploy again.",
+        )
+
+
+def _wait(api: InferenceServiceApi, generation: int, patience: Patience) -> None:
+    start, blocked_since, state = time.monotonic(), 0.0, "nothing was reported"
+    while time.monotonic() - start < patience.timeout:
+        time.sleep(patience.poll)
+        try:
+            found = api.get()
+        except DeployError as error:  # an API server that restarts must not undo a good rollout
+            state = error.problem
+            continue
+        if found is None:
+            raise DeployError(f"InferenceService {api.namespace}/{api.name} was deleted meanwhile", "Run deploy again.")
+        status = found.get("status") or {}
+        if int(status.get("observedGeneration") or 0) < generation:
+            state = "KServe's controller has not looked at it yet"
+            continue
+        if _is_ready(status):
+            say(f"InferenceService {api.namespace}/{api.name} is ready after {time.monotonic() - start:.0f} s")
+            return
+        state = _reasons(status)
+        blocked_since = (blocked_since or time.monotonic()) if _is_blocked(status) else 0.0
+        if blocked_since and time.monotonic() - blocked_since >= patience.blocked:
+            break
+    raise DeployError(
+        f"InferenceService {api.namespace}/{api.name} did not become ready in {time.monotonic() - start:.0f} s: {state}",
+        "Look at its events and at the predictor pod's log, then run deploy again.",
+    )
+
+
+def _is_ready(status: dict[str, Any]) -> bool:
+    """Ready, and not merely because the old pods still answer while the new ones load."""
+    ready = any(item.get("type") == "Ready" and item.get("status") == "True" for item in status.get("conditions") or [])
+    return ready and _transition(status) in ("", "UpToDate")
+
+
+def _is_blocked(status: dict[str, Any]) -> bool:
+    return _transition(status) in ("BlockedByFailedLoad", "InvalidSpec")
+
+
+def _transition(status: dict[str, Any]) -> str:
+    return str((status.get("modelStatus") or {}).get("transitionStatus") or "")
+
+
+def _reasons(status: dict[str, Any]) -> str:
+    """The conditions that are not true, and KServe's last failure, in one line."""
+    parts = [
+        f"{item.get('type')} is {item.get('status')} ({item.get('reason') or 'no reason'}: {item.get('message') or '-'})"
+        for item in status.get("conditions") or []
+        if item.get("status") != "True"
+    ]
+    failure = (status.get("modelStatus") or {}).get("lastFailureInfo") or {}
+    if failure:
+        parts.append(f"{failure.get('reason')}: {failure.get('message')}")
+    return "; ".join(parts) or f"model is {_transition(status) or 'without status'}"
+
+
+def _go_back(api: InferenceServiceApi, wanted: dict[str, Any], previous: str) -> str:
+    """Put the previous model back; a sentence that tells what was done."""
+    if not previous:
+        return "There was no model before it, so the object stays for you to look at"
+    labels = wanted["metadata"]["labels"]
+    version = previous.rstrip("/").rsplit("/", 1)[-1]
+    try:
+        api.apply(_body(api.namespace, api.name, labels["app.kubernetes.io/name"], version, previous))
+    except DeployError as error:
+        return f"Putting {previous} back failed too: {error.problem}"
+    return f"{previous} was put back"

@@ -1,0 +1,140 @@
+"""Deploy a promoted challenger, or record a refused one. Every act can be repeated: a killed step ends the same.
+
+The order is what makes that true: the model folder is stored first (its marker last), then MLflow knows the version as
+`challenger`, then the target switches, and only when that works does the alias `champion` move.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from haechi.components.shared.errors import InputError
+from haechi.components.shared.files import write_json
+from haechi.components.shared.model_folder import ModelFolder
+from haechi.components.shared.progress import say
+from haechi.components.shared.settings import Settings
+from haechi.components.shared.storage import Store
+from haechi.components.shared.tracking import Tracker
+
+from .directory import place
+from .inference_service import Patience, manifest, roll_out
+from .kubernetes_api import InferenceServiceApi
+from .publish import model_prefix, publish
+from .registry import check_champion, record
+from .target import Target
+from .verdict import Verdict, check_about, check_allows
+
+__all__ = ["DeployResult", "deploy", "refuse"]
+
+
+@dataclass(frozen=True)
+class DeployResult:
+    """What `deployed.json` holds.
+
+    Attributes:
+        model, version: registered model's name and Haechi's version.
+        uri: `s3://<bucket>/models/<name>/<version>/`.
+        target: as given.
+        registered_version: MLflow's number.
+        previous: the champion before, or empty.
+    """
+
+    model: str
+    version: str
+    uri: str
+    target: str
+    registered_version: int
+    previous: str
+
+
+def deploy(
+    onnx_model: Path,
+    verdict: Path,
+    report: Path,
+    name: str,
+    champion: str,
+    target: str,
+    run_id: str,
+    out: Path,
+    settings: Settings,
+    patience: Patience | None = None,
+) -> DeployResult:
+    """Store the model, register it, switch the target, and make it the champion, in that order.
+
+    Args:
+        onnx_model: model folder.
+        verdict: folder with `verdict.json` and `scorecard.json`.
+        report: the evaluation's HTML page.
+        name: registered model's name.
+        champion: the version that the challenger was compared with, or empty.
+        target: `none`, `dir:/abs/path` or `kserve:<namespace>/<name>`.
+        run_id: the pipeline run's id, or empty.
+        out: folder for `deployed.json`.
+        settings: the object store and MLflow.
+        patience: how long to wait for an InferenceService.
+
+    Raises:
+        DeployRefused: the verdict is not `promote`, is about another model, parity is not proven, or the champion
+            changed since `champion` was pinned.
+        InputError: the target, the verdict or the name cannot be used.
+        ModelError, IntegrityError: the model folder is unusable, or another one stands at its place.
+        DeployError: Kubernetes refused, or the service did not become ready; the previous model was put back.
+        StorageError, TrackingError: a service cannot be reached or refuses us.
+    """
+    place_to = Target.parse(target)
+    model, judged = ModelFolder.load(onnx_model), Verdict.load(verdict)
+    check_about(judged, model, name)
+    check_allows(judged, champion, onnx_model)
+    store, tracker = Store(settings), Tracker(settings)
+    store.check()
+    check_champion(tracker, name, champion, model.version)
+    uri = publish(store, model, onnx_model, report)
+    registered = record(tracker, model, judged, uri, run_id, report.read_text(encoding="utf-8"))
+    # Copying took a while: look again just before traffic moves.
+    check_champion(tracker, name, champion, model.version)
+    _switch(place_to, store, model, patience or Patience())
+    tracker.set_alias(name, "champion", registered.number)
+    result = DeployResult(name, model.version, uri, target, registered.number, champion)
+    write_json(out / "deployed.json", asdict(result))
+    say(f"{name} {model.version} is the champion (MLflow's version {registered.number}), target {target or 'none'}")
+    return result
+
+
+def refuse(onnx_model: Path, verdict: Path, name: str, run_id: str, settings: Settings) -> str:
+    """Record a challenger that was not promoted; the champion and the target stay as they are.
+
+    Its folder is stored and registered with alias `challenger` and tag `haechi.verdict`, so that the dashboard shows
+    it, and so that a person who moves the alias `champion` to it by hand finds it where `resolve` looks.
+
+    Args:
+        onnx_model, verdict, name, run_id, settings: as in `deploy`.
+
+    Returns:
+        The decision, `refuse` or `not_enough_data`.
+
+    Raises:
+        InputError: the verdict says promote, or cannot be read.
+        DeployRefused: the verdict is about another model.
+        ModelError, IntegrityError, StorageError, TrackingError: as in `deploy`.
+    """
+    model, judged = ModelFolder.load(onnx_model), Verdict.load(verdict)
+    check_about(judged, model, name)
+    if judged.decision == "promote":
+        raise InputError("the verdict says promote, so there is nothing to refuse", "Call deploy.")
+    store, tracker = Store(settings), Tracker(settings)
+    store.check()
+    uri = publish(store, model, onnx_model)
+    registered = record(tracker, model, judged, uri, run_id)
+    say(f"{name} {model.version} stays challenger (MLflow's version {registered.number}): {judged.decision}")
+    return judged.decision
+
+
+def _switch(target: Target, store: Store, model: ModelFolder, patience: Patience) -> None:
+    prefix = model_prefix(model.name, model.version)
+    if target.kind == "dir":
+        place(Path(target.path), store, prefix, model)
+    elif target.kind == "kserve":
+        api = InferenceServiceApi(target.namespace, target.name)
+        wanted = manifest(target.namespace, target.name, model, store.uri(prefix).rstrip("/"))
+        roll_out(api, wanted, patience)
