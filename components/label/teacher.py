@@ -18,7 +18,7 @@ from ..shared.model_folder import ModelFolder, fetch_model
 from ..shared.progress import say
 from ..shared.storage import Store, ordered_map
 
-__all__ = ["Teacher", "load_teacher", "map_classes", "propose", "verified_frame"]
+__all__ = ["Teacher", "load_teacher", "map_classes", "propose", "translate", "verified_frame"]
 
 _LEAST_SCORE = 0.001  # a band that starts at 0 must not turn every anchor into a box
 _LEAST_SIDE = 1.0  # pixels; a thinner box is no object and breaks trainers
@@ -133,7 +133,7 @@ def propose(
     ready = ordered_map(partial(_prepare, store, detector), frames, store.settings.workers)
     for frame, prepared in ready:
         (found,) = detector.detect_prepared([prepared], conf=max(least, _LEAST_SCORE), iou=teacher.model.iou)
-        yield frame, _translate(found, teacher)
+        yield frame, translate(found, teacher)
 
 
 def verified_frame(store: Store, frame: Frame) -> bytes:
@@ -160,8 +160,11 @@ def _prepare(store: Store, detector: Detector, frame: Frame) -> tuple[Frame, tup
         raise InputError(f"{where} cannot be decoded: {error.problem}", error.remedy) from error
 
 
-def _translate(found: Detections, teacher: Teacher) -> tuple[Box, ...]:
-    """Our class names, corners to 1/100 px, scores to 4 digits: what is decided on is what is written down."""
+def translate(found: Detections, teacher: Teacher) -> tuple[Box, ...]:
+    """A detection as boxes of our classes, signed by the teacher.
+
+    Corners are rounded to 1/100 px and scores to 4 digits here, so that what is decided on is what is written down.
+    """
     boxes = []
     for index in _merged(found, teacher):
         x1, y1, x2, y2 = (round(float(value), 2) for value in found.boxes[index])
