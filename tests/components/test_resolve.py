@@ -50,7 +50,9 @@ def test_the_champion_and_the_newest_complete_dataset_are_pinned(tracked: Settin
 
 def test_a_champion_without_its_folder_in_the_store_is_an_error(tracked: Settings, name: str) -> None:
     make_champion(tracked, name)
-    with pytest.raises(IntegrityError, match=f"names {VERSION}, but s3://.*/models/{name}/{VERSION}/model.json does not"):
+    with pytest.raises(
+        IntegrityError, match=f"names {VERSION}, but s3://.*/models/{name}/{VERSION}/model.json does not"
+    ):
         resolve(name, tracked)
 
 
