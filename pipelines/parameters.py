@@ -28,6 +28,7 @@ PARAMETERS: dict[str, type] = {
     "bands": dict,
     "review_limit": int,
     "ratios": dict,
+    "grouping": dict,
     "candidates": list,
     "thresholds": dict,
     "iou": float,

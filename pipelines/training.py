@@ -33,6 +33,7 @@ def training(
     bands: dict = {"default": [0.25, 0.6]},  # noqa: B006
     review_limit: int = 500,
     ratios: dict = {"val": 0.15, "test": 0.15},  # noqa: B006
+    grouping: dict = {},  # noqa: B006
     candidates: List[Dict] = [{"name": "yolo11n", "model": "yolo11n", "epochs": 50, "imgsz": 640, "batch": 16}],  # noqa: B006
     thresholds: dict = {"default": 0.25},  # noqa: B006
     iou: float = 0.7,
@@ -63,6 +64,7 @@ def training(
         bands: per class [review from, accept from].
         review_limit: open review tasks at most; -1 for no limit.
         ratios: shares of val and test.
+        grouping: what ties frames into groups that never straddle splits, where it differs from the defaults.
         candidates: trainings to compare; the best by val mAP50-95 goes on.
         thresholds: confidence per class in service.
         iou: overlap above which boxes of one class are one.
@@ -114,6 +116,7 @@ def training(
             previous_dataset=previous_dataset,
             ratios=ratios,
             seed=seed,
+            grouping=grouping,
         ),
         *steps,
     )
