@@ -10,6 +10,7 @@ __all__ = [
     "IntegrityError",
     "ModelError",
     "NoDataError",
+    "OverloadError",
     "SettingsError",
     "StorageError",
     "TrackingError",
@@ -77,6 +78,13 @@ class ModelError(HaechiError):
     """A model folder, checkpoint or graph is unusable or does not match its description."""
 
     exit_code = 7
+    http_status = 503
+
+
+class OverloadError(HaechiError):
+    """The server has as many requests waiting as it may hold; nothing is wrong with this one."""
+
+    exit_code = 10
     http_status = 503
 
 
