@@ -1,0 +1,98 @@
+"""Ultralytics, kept quiet: offline, weights-only loading, its own logging and telemetry off, settings untouched.
+
+Used by train and export, the only two rooms with torch. Nothing here is imported until it is called, so that the
+other images, which have no torch, can hold this module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelError
+
+__all__ = ["cpu_count", "load_detector", "tame"]
+
+_ENVIRONMENT = {
+    "YOLO_OFFLINE": "true",  # never look for a newer version, weights or data sets on the net
+    "YOLO_AUTOINSTALL": "false",  # never run pip
+    "YOLO_VERBOSE": "false",
+    "ULTRALYTICS_SAFE_LOAD": "1",  # a checkpoint is a pickle: load tensors and known classes only
+}
+_INTEGRATIONS = ("sync", "clearml", "comet", "dvc", "mlflow", "raytune", "tensorboard", "wandb")
+
+
+def cpu_count() -> int:
+    """Processors that this process may use (a container's cpuset, not the whole node)."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS has no affinity
+        return os.cpu_count() or 1
+
+
+def tame(threads: int = 0, home: Path | None = None) -> Any:
+    """Import Ultralytics so that it neither phones, installs, logs elsewhere nor touches the user's settings.
+
+    The variables are also what a multi-GPU training's child processes inherit.
+
+    Args:
+        threads: compute threads for torch; 0 for all processors that this process may use.
+        home: a writable folder for its settings and matplotlib's cache; a temporary one by default.
+
+    Returns:
+        The module `ultralytics`.
+    """
+    if "ultralytics" not in sys.modules:
+        home = home or Path(tempfile.gettempdir()) / f"haechi-ultralytics-{os.getuid()}"
+        for name, folder in (("YOLO_CONFIG_DIR", home / "config"), ("MPLCONFIGDIR", home / "matplotlib")):
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ[name] = str(folder)
+        # Its import would otherwise set one thread for the whole process when the variable is missing.
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads or cpu_count()))
+    os.environ.update(_ENVIRONMENT)
+    package = importlib.import_module("ultralytics")
+    utils = importlib.import_module("ultralytics.utils")
+    # In memory only: SETTINGS.update would write the user's file if someone imported Ultralytics before us.
+    dict.update(utils.SETTINGS, dict.fromkeys(_INTEGRATIONS, False))
+    importlib.import_module("ultralytics.utils.events").events.enabled = False
+    importlib.import_module("ultralytics.nn.tasks").SAFE_LOAD = True
+    logging.getLogger("ultralytics").setLevel(logging.ERROR)
+    torch = importlib.import_module("torch")
+    torch.set_num_threads(threads or cpu_count())
+    return package
+
+
+def load_detector(path: Path) -> Any:
+    """Load a detection checkpoint, weights-only, as a float32 `DetectionModel` in evaluation mode.
+
+    Call `tame` first.
+
+    Raises:
+        ModelError: no such file, not an Ultralytics checkpoint, or one of another task.
+    """
+    if not path.is_file():
+        raise ModelError(f"there is no checkpoint {path}", "Give the path of a .pt file on this machine.")
+    if path.suffix != ".pt":
+        raise ModelError(f"{path} does not end in .pt", "Give an Ultralytics checkpoint, such as best.pt.")
+    tasks = importlib.import_module("ultralytics.nn.tasks")
+    try:
+        model, _ = tasks.load_checkpoint(path)
+    # A damaged or hostile file comes out of the loader as one of many types; each means the same to us.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{path} is not a checkpoint that can be loaded weights-only ({reason})",
+            "Give a .pt file that Ultralytics 8.3 or later saved.",
+        ) from error
+    task, head = getattr(model, "task", "unknown"), getattr(model, "model", [None])[-1]
+    if task != "detect" or not isinstance(model, tasks.DetectionModel) or not isinstance(head, tasks.Detect):
+        raise ModelError(
+            f"{path} is a {task} model ({type(model).__name__}, {type(head).__name__}), not a YOLO detector",
+            "Give a detection checkpoint, such as one trained from yolo11n.pt.",
+        )
+    return model
