@@ -14,7 +14,7 @@ from .pictures import Mark, Picture
 
 __all__ = ["confusion_table", "forest", "marks", "pr_chart"]
 
-_W, _H, _LEFT, _BOTTOM, _TOP, _RIGHT = 300, 220, 34, 30, 8, 8
+_W, _H, _LEFT, _BOTTOM, _TOP, _RIGHT = 300, 230, 34, 30, 20, 8
 
 
 def pr_chart(
@@ -33,7 +33,7 @@ def pr_chart(
         parts.append(f'<text class="tick" x="{_LEFT - 5}" y="{float(y) + 3:.1f}" text-anchor="end">{tick:g}</text>')
         parts.append(f'<text class="tick" x="{x}" y="{_H - _BOTTOM + 13}" text-anchor="middle">{tick:g}</text>')
     parts.append(f'<text class="tick" x="{_W - _RIGHT}" y="{_H - 4}" text-anchor="end">recall</text>')
-    parts.append(f'<text class="tick" x="{_LEFT + 4}" y="{_TOP + 10}">precision</text>')
+    parts.append(f'<text class="tick" x="4" y="9">precision</text>')
     for curve, css in ((champion, "champion"), (challenger, "challenger")):
         if curve is not None and curve.precision.any():
             reached = curve.precision > 0

@@ -16,7 +16,6 @@ from ..shared.files import sha256_bytes, write_bytes
 from ..shared.images import decode
 from ..shared.progress import Progress
 from ..shared.storage import Store, ordered_map
-
 from .score import TestFrame
 
 __all__ = ["CONF", "MAX_DET", "detect_all", "read_frame", "test_frame"]
@@ -92,7 +91,7 @@ def detect_all(
         InputError: an item that cannot be decoded, named.
     """
     found: list[list[Detections]] = [[] for _ in detectors]
-    progress = Progress("test frames scored", len(items))
+    progress = Progress("frames scored", len(items))
 
     def prepare(item: _Item) -> list[tuple[Pixels, Letterbox]]:
         try:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..shared.errors import InputError
-
 from .bootstrap import Interval, draw_groups, interval, mean_over, resample
 from .score import ModelScore
 

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from ..shared.detections import Detections, box_iou
 from ..shared.images import decode, encode_jpeg
-
 from .score import TestFrame, pair_frame
 
 __all__ = ["KINDS", "Mark", "Mistake", "Picture", "draw", "worst"]
@@ -69,7 +68,7 @@ def worst(
     limits: Sequence[float],
     champion_limits: Sequence[float] = (),
 ) -> list[Mistake]:
-    """The worst errors at the reporting thresholds, at most `PER_KIND` of each kind and two of a group.
+    """The worst errors at the reporting thresholds, at most `PER_KIND` of each kind, two of a group, one of a frame.
 
     A label is suspect where the model is sure of an object that the label does not have: with a champion, where both
     report it; without, where the score is at least 0.7.
@@ -87,11 +86,13 @@ def worst(
     for kind in KINDS:
         chosen.append([])
         taken: Counter[str] = Counter()
+        shown: set[int] = set()
         ranked = sorted((item for item in mistakes if item.kind == kind), key=lambda item: (-item.weight, item.frame))
         for item in ranked:
             group = frames[item.frame].group
-            if taken.total() < PER_KIND and taken[group] < 2:
+            if taken.total() < PER_KIND and taken[group] < 2 and item.frame not in shown:
                 taken[group] += 1
+                shown.add(item.frame)
                 chosen[-1].append(item)
     # Worst of each kind first, so that no kind eats up the room for pictures.
     return [item for rank in zip_longest(*chosen) for item in rank if item]
@@ -175,10 +176,15 @@ def _cut(mistake: Mistake, frame: TestFrame, reported: Detections, classes: Sequ
     shrink = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     scaled: NDArray[np.uint8] = np.asarray(cv2.resize(view, size, interpolation=shrink), dtype=np.uint8)
 
-    def mark(kind: str, box: NDArray[np.float64], text: str) -> Mark:
-        x, y = (box[0] - left) * scale, (box[1] - top) * scale
-        return Mark(kind, float(x), float(y), float((box[2] - box[0]) * scale), float((box[3] - box[1]) * scale), text)
+    def mark(kind: str, box: NDArray[np.float64], text: str) -> Mark | None:
+        x1, y1, x2, y2 = (np.clip(box, [left, top] * 2, [right, bottom] * 2) - [left, top] * 2) * scale
+        if x2 <= x1 or y2 <= y1:
+            return None
+        # In a crowd only what touches the error is named, or the names would hide the picture.
+        near = bool(box_iou(box[None], error[None])[0, 0] > 0)
+        return Mark(kind, float(x1), float(y1), float(x2 - x1), float(y2 - y1), text if near else "")
 
+    error = np.asarray(mistake.box, dtype=np.float64)
     marks = [
         mark("truth", box, classes[int(class_id)]) for box, class_id in zip(frame.boxes, frame.class_ids, strict=True)
     ]
@@ -187,8 +193,8 @@ def _cut(mistake: Mistake, frame: TestFrame, reported: Detections, classes: Sequ
         for box, score, class_id in zip(reported.boxes, reported.scores, reported.class_ids, strict=True)
         if frame.covers[class_id]
     ]
-    marks.append(mark("error", np.asarray(mistake.box), ""))
-    return Picture(mistake, frame.name, encode_jpeg(scaled, quality=80), size[0], size[1], tuple(marks))
+    drawn = tuple(item for item in [*marks, mark("error", error, "")] if item)
+    return Picture(mistake, frame.name, encode_jpeg(scaled, quality=80), size[0], size[1], drawn)
 
 
 def _window(box: tuple[float, float, float, float], width: int, height: int) -> tuple[int, int, int, int]:

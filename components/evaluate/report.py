@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..shared.model_folder import ModelFolder
-
 from .ap import pr_curve
 from .bootstrap import Interval
 from .charts import confusion_table, forest, marks, pr_chart
@@ -141,7 +140,7 @@ def _table(item: Evaluation) -> str:
     champion = item.champion_score
     head = ["class", "boxes", "frames", "groups", "AP50-95"]
     head += ["champion", "change"] if champion else []
-    head += ["AP50", "floor", "precision", "recall", "threshold"]
+    head += ["AP50", "floor", "precision", "recall"]
     rows = [_row(item, name, score) for name, score in item.score.per_class.items()]
     overall = [
         "<th scope='row'>all classes</th>",
@@ -152,7 +151,7 @@ def _table(item: Evaluation) -> str:
         overall.append(_cell(_number(champion.mean("map50_95")), _range(item.comparison.champion.get(""))))
         overall.append(_change(item.comparison.gains.get("")))
     overall += [_cell(_number(item.score.mean("map50"))), "<td></td>"]
-    overall += [_cell(_number(item.score.mean("precision"))), _cell(_number(item.score.mean("recall"))), "<td></td>"]
+    overall += [_cell(_number(item.score.mean("precision"))), _cell(_number(item.score.mean("recall")))]
     cells = "".join(f"<th scope='col'>{name}</th>" for name in head)
     return (
         f"<section><h2>Per class</h2><div class='wide'><table><thead><tr>{cells}</tr></thead><tbody>"
@@ -172,8 +171,8 @@ def _row(item: Evaluation, name: str, score: ClassScore) -> str:
     missed = floor is not None and (score.map50 is None or score.map50 < floor)
     cells.append(_cell(_number(score.map50)))
     cells.append(_cell("–" if floor is None else f"{floor:.3f}", css="" if floor is None else "no" if missed else "ok"))
-    cells += [_cell(_number(score.precision)), _cell(_number(score.recall))]
-    cells.append(_cell(f"{score.threshold:.2f}" if score.known else "–"))
+    reported = f"at {score.threshold:.2f}" if score.precision is not None else ""
+    cells += [_cell(_number(score.precision), reported), _cell(_number(score.recall), reported)]
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -263,7 +262,7 @@ def _figure(picture: Picture) -> str:
         f'aria-label="{escape(mistake.kind)}: {escape(mistake.class_name)}">'
         f'<image href="data:image/jpeg;base64,{data}" {size}/>{marks(picture)}</svg>'
         f"<figcaption><b>{escape(mistake.class_name)}</b>, {escape(mistake.note)}"
-        f"<small>{escape(picture.frame_name)}</small></figcaption></figure>"
+        f"<small>{escape(_tail(picture.frame_name))}</small></figcaption></figure>"
     )
 
 
@@ -344,6 +343,10 @@ def _change(gain: tuple[float, Interval] | None) -> str:
 
 def _range(bounds: Interval | None) -> str:
     return f"{bounds.low:.3f} to {bounds.high:.3f}" if bounds else ""
+
+
+def _tail(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else "…" + text[1 - length :]
 
 
 def _number(value: float | None) -> str:

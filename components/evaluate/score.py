@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..shared.detections import Detections, box_iou
-
 from .ap import Matches, average_precision, match_class
 
 __all__ = ["BACKGROUND", "ClassScore", "ModelScore", "TestFrame", "confusion_matrix", "remap", "score_model"]

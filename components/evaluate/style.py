@@ -26,7 +26,7 @@ section{background:var(--paper);border:1px solid var(--line);border-radius:10px;
 .tile span{color:var(--soft);font-size:13px}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:6px 10px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
+th,td{padding:6px 8px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
 th{font-weight:600;color:var(--soft);font-size:13px}
 th:first-child,td:first-child{text-align:left}
 tbody th{color:var(--ink);font-size:15px}
@@ -60,7 +60,7 @@ svg{display:block;width:100%;height:auto}
 .confusion .off{background:rgb(179 38 30/calc(var(--share)*.55))}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:14px;margin-bottom:18px}
 figure{margin:0;border:1px solid var(--line);border-radius:8px;overflow:hidden;background:var(--wash)}
-figure svg{background:#111}
+figure svg{background:#111;aspect-ratio:4/3}
 figcaption{padding:7px 10px;font-size:13px}
 figcaption small{display:block;color:var(--soft);overflow-wrap:anywhere}
 rect{fill:none;stroke-width:2}
