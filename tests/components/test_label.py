@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -38,8 +41,9 @@ from haechi.components.shared.errors import (
     SettingsError,
     StorageError,
 )
-from haechi.components.shared.files import read_json
+from haechi.components.shared.files import read_json, sha256_bytes
 from haechi.components.shared.model_folder import ModelFolder
+from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import ObjectMissing, Store
 
 
@@ -401,8 +405,6 @@ def test_a_frame_that_cannot_be_decoded_is_named(world: World) -> None:
     _, teacher = world.teacher()
     row = put_frame(world.store, painted((0, 0.9)))
     torn = painted((0, 0.9))[:100]
-    from haechi.components.shared.files import sha256_bytes
-
     row = replace(row, sha256=sha256_bytes(torn))
     world.store.put(frame_key(row.sha256, row.ext), torn)
     world.write([row])
@@ -434,14 +436,14 @@ def test_frames_without_a_table_are_named(world: World) -> None:
 
 # kill -9 ----------------------------------------------------------------------------------------------------------
 
-_KILLED_RUN = """
+# One interpreter that forks a child for every run, so that only the first pays for the imports.
+_MORTAL_RUNS = """
 import os, signal, sys
+from dataclasses import replace
 from pathlib import Path
 from label_world import World
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
-
-left = int(sys.argv[1])
 
 def mortal(method):
     def call(self, *values, **named):
@@ -453,7 +455,15 @@ def mortal(method):
     return call
 
 Store.put, Store.remove = mortal(Store.put), mortal(Store.remove)
-World(Store(Settings.from_env()), Path(sys.argv[2])).label(teacher=sys.argv[3], review_limit=3)
+for line in sys.stdin:
+    bucket, writes, folder, teacher = line.split()
+    left = int(writes)
+    child = os.fork()
+    if child == 0:
+        store = Store(replace(Settings.from_env(), bucket=bucket))
+        World(store, Path(folder)).label(teacher=teacher, review_limit=3)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -471,8 +481,25 @@ def _prepared(store: Store, folder: Path) -> tuple[World, str]:
     return world, new
 
 
+@pytest.fixture
+def run_mortal(settings: Settings) -> Iterator[Callable[[str, int, Path, str], int]]:
+    """Run the step in a process that kills itself before its n-th write; its exit status."""
+    environment = {**os.environ, **settings.to_env(), "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", _MORTAL_RUNS]
+    with subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def run(bucket: str, writes: int, folder: Path, teacher: str) -> int:
+            stdin.write(f"{bucket} {writes} {folder} {teacher}\n")
+            stdin.flush()
+            return int(stdout.readline())
+
+        yield run
+
+
 def test_a_run_killed_before_any_write_and_repeated_ends_like_one_that_was_not(
-    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, tmp_path: Path, run_mortal: Callable[[str, int, Path, str], int]
 ) -> None:
     def bucket(suffix: str) -> Store:
         store = Store(replace(settings, bucket=f"{settings.bucket}-{suffix}"))
@@ -485,28 +512,16 @@ def test_a_run_killed_before_any_write_and_repeated_ends_like_one_that_was_not(
     assert (expected.accepted, expected.background, expected.review, expected.waiting) == (2, 1, 3, 1)
     assert (expected.reviewed, expected.pending, len(expected.exports)) == (2, 3, 2)
 
-    finished = killed = 0
-    while not finished:
+    killed = 0
+    while True:
         world, teacher = _prepared(bucket(str(killed)), tmp_path)
         (tmp_path / "labels" / "label.json").unlink(missing_ok=True)
-        died = subprocess.run(
-            [sys.executable, "-c", _KILLED_RUN, str(killed), str(tmp_path), teacher],
-            env={**_plain_environment(), **world.settings.to_env()},
-            capture_output=True,
-            text=True,
-        )
-        if died.returncode == 0:
-            finished = 1
+        status = run_mortal(world.store.bucket, killed, tmp_path, teacher)
+        if status == 0:
             break
-        assert died.returncode == -signal.SIGKILL, died.stderr
+        assert status == -signal.SIGKILL
         assert not (tmp_path / "labels" / "label.json").exists()
         assert world.label(teacher=teacher, review_limit=3) == expected, f"killed before write {killed}"
         assert snapshot(world.store) == whole, f"killed before write {killed}"
         killed += 1
     assert killed == 12, "2 review objects, 4 deletes, 2 machine objects, 1 closed task, 3 tasks"
-
-
-def _plain_environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
