@@ -1,0 +1,71 @@
+"""Codecs: the bytes of a request to encoded images, and predictions to the bytes of an answer. No I/O, no loop."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from haechi.components.shared.errors import InputError
+from haechi.components.shared.images import sniff
+from haechi.components.shared.model_folder import ModelFolder
+
+from .engine import Prediction
+
+__all__ = ["MAX_INSTANCES", "v1_answer", "v1_images"]
+
+MAX_INSTANCES = 64
+_FORM = 'Send {"instances": [{"image": {"b64": "<base64 of a JPEG>"}}]}, or the image itself as an image/* body.'
+
+
+def v1_images(body: bytes, content_type: str) -> list[bytes]:
+    """The encoded images of a V1 predict request.
+
+    An `image/*` body is one image. `application/json` (with any parameters) is the V1 form. Whatever else, or nothing,
+    is told by its first bytes.
+
+    Raises:
+        InputError: not JSON of that form, not base64, or too many instances.
+    """
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind.startswith("image/") or (kind != "application/json" and sniff(body) is not None):
+        return [body]
+    instances = _object(body).get("instances")
+    if not isinstance(instances, list) or not instances:
+        raise InputError("`instances` is not a list of at least one image", _FORM)
+    if len(instances) > MAX_INSTANCES:
+        raise InputError(f"`instances` has {len(instances)} images", f"Send at most {MAX_INSTANCES} in one request.")
+    return [_instance(entry, place) for place, entry in enumerate(instances)]
+
+
+def v1_answer(model: ModelFolder, predictions: Sequence[Prediction]) -> bytes:
+    """The V1 answer: per image the detections in pixels of the upright source image, and its size."""
+    rows = [
+        {"detections": item.detections.to_list(model.classes), "width": item.width, "height": item.height}
+        for item in predictions
+    ]
+    answer = {"predictions": rows, "model_name": model.name, "model_version": model.version}
+    return json.dumps(answer, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the body is not JSON ({error})", _FORM) from error
+    if not isinstance(value, dict):
+        raise InputError("the body is JSON, but not an object", _FORM)
+    return value
+
+
+def _instance(entry: Any, place: int) -> bytes:
+    image = entry.get("image") if isinstance(entry, dict) else None
+    text = image.get("b64") if isinstance(image, dict) else None
+    if not isinstance(text, str):
+        raise InputError(f"`instances[{place}].image.b64` is missing or not text", _FORM)
+    try:
+        # Line breaks are allowed: command line tools wrap base64 at 76 characters.
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as error:
+        raise InputError(f"`instances[{place}].image.b64` is not base64 ({error})", _FORM) from error

@@ -1,0 +1,137 @@
+"""`serve`: the process. Opens the ports, loads and verifies the model, says when it is ready, drains on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+
+import uvicorn
+
+from haechi.components.shared.errors import InputError, ModelError
+from haechi.components.shared.model_folder import ModelFolder
+from haechi.components.shared.progress import say
+from haechi.components.shared.settings import Settings
+
+from .app import create_app
+from .engine import Engine, EngineOptions, Models
+from .health import grpc_server
+
+__all__ = ["serve"]
+
+_DRAIN_SECONDS = 30
+
+
+def serve(
+    model: Path,
+    http_port: int = 8080,
+    grpc_port: int = 8081,
+    host: str = "127.0.0.1",
+    allow_unverified: bool = False,
+    threads: int | None = None,
+    workers: int = 2,
+) -> None:
+    """Serve a model folder until SIGTERM or SIGINT, then finish what has begun and return.
+
+    Args:
+        model: the model folder.
+        http_port, grpc_port: ports; 0 takes a free one. The gRPC port answers grpc.health.v1.
+        host: address to listen on.
+        allow_unverified: serve a folder that has no golden images to prove it.
+        threads: compute threads of one run of the network; default HAECHI_THREADS.
+        workers: requests worked on at the same time.
+
+    Raises:
+        ModelError, IntegrityError: the folder is unusable, unproven, or gives other boxes than its golden ones.
+        InputError: a port is taken.
+    """
+    started = time.monotonic()
+    description = ModelFolder.load(model)
+    if not description.golden and not allow_unverified:
+        raise ModelError(
+            f"{model} has no golden images, so nothing proves that it gives the right boxes here",
+            "Export it with `--images` or `--data`, or serve it with --allow-unverified.",
+        )
+    options = EngineOptions(Settings.from_env().threads if threads is None else threads, workers)
+    models = Models()
+    models.announce(description.name)
+    config = uvicorn.Config(
+        create_app(models),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_DRAIN_SECONDS,
+    )
+
+    async def load() -> None:
+        models.put(await asyncio.to_thread(Engine, model, description, options))
+        seconds = time.monotonic() - started
+        say(
+            f"{description.name} {description.version} is ready on {host}:{listener.getsockname()[1]} ({seconds:.1f} s)"
+        )
+
+    listener = _listen(host, http_port)
+    with contextlib.closing(listener), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(_run(_Server(config), models, listener, f"{host}:{grpc_port}", load))
+    say("stopped: what had begun is answered")
+
+
+async def _run(
+    server: _Server,
+    models: Models,
+    listener: socket.socket,
+    grpc_address: str,
+    load: Callable[[], Coroutine[None, None, None]],
+) -> None:
+    """Both sides up at once, alive but not ready; the model loads beside them, and its failure ends them."""
+    try:
+        grpc_side, grpc_port = grpc_server(models, grpc_address)
+    except RuntimeError as error:
+        raise InputError(
+            f"cannot listen on {grpc_address} for gRPC ({error})", "Choose another --grpc-port."
+        ) from error
+    await grpc_side.start()
+    say(f"listening on {listener.getsockname()[1]} for HTTP and {grpc_port} for gRPC, loading")
+    loading = asyncio.create_task(load())
+    loading.add_done_callback(lambda task: server.stop() if task.cancelled() or task.exception() else None)
+    try:
+        await server.serve(sockets=[listener])
+        await loading
+    finally:
+        await grpc_side.stop(_DRAIN_SECONDS)
+        await asyncio.to_thread(models.close)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, but a signal that it has obeyed does not kill the process afterwards: draining exits with 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        yield
+
+    def stop(self) -> None:
+        """Take no new connection, finish what has begun; a second time, do not wait for clients."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise InputError(
+            f"cannot listen on {host}:{port} ({error})",
+            "Choose another --http-port or --host, or end what listens there.",
+        ) from error
+    return listener
