@@ -33,7 +33,7 @@ def pr_chart(
         parts.append(f'<text class="tick" x="{_LEFT - 5}" y="{float(y) + 3:.1f}" text-anchor="end">{tick:g}</text>')
         parts.append(f'<text class="tick" x="{x}" y="{_H - _BOTTOM + 13}" text-anchor="middle">{tick:g}</text>')
     parts.append(f'<text class="tick" x="{_W - _RIGHT}" y="{_H - 4}" text-anchor="end">recall</text>')
-    parts.append(f'<text class="tick" x="4" y="9">precision</text>')
+    parts.append('<text class="tick" x="4" y="9">precision</text>')
     for curve, css in ((champion, "champion"), (challenger, "challenger")):
         if curve is not None and curve.precision.any():
             reached = curve.precision > 0
