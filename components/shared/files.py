@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` through a temporary neighbour and a rename.
+def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write `data`, whole or in pieces, to `path` through a temporary neighbour and a rename.
 
     Raises:
         StorageError: the disk is full or not writable; nothing is left behind.
@@ -40,7 +40,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
         # mkstemp makes private files; others (the next pod's user) must be able to read an artifact.
         Path(name).chmod(0o644)
         Path(name).replace(path)

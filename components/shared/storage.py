@@ -183,8 +183,17 @@ class Store:
         return json.loads(self.get(key))
 
     def get_file(self, key: str, path: Path) -> Path:
-        """Write the object to `path`, atomically."""
-        write_bytes(path, self.get(key))
+        """Write the object to `path`, atomically and without holding all of it in memory."""
+
+        def read() -> None:
+            response = self._client.get_object(self.bucket, key)
+            try:
+                write_bytes(path, response.stream(2**20))
+            finally:
+                response.close()
+                response.release_conn()
+
+        self._call(key, read)
         return path
 
     def put(
