@@ -292,8 +292,13 @@ def latest_dataset(store: Store, name: str) -> str:
     """Digest of the newest complete dataset of this name (by its `stats.json`), or empty where there is none."""
     prefix, marker = f"datasets/{name}/", "/stats.json"
     complete = [item for item in store.list(prefix) if item.key.endswith(marker)]
-    newest = max(complete, key=lambda item: (item.modified, item.key), default=None)
-    return newest.key[len(prefix) : -len(marker)] if newest else ""
+    newest = max((item.modified for item in complete), default=0.0)
+    tied = [item.key for item in complete if item.modified == newest]
+    if len(tied) > 1:
+        # Stores keep whole seconds: of two datasets of one second, the later one was built upon the other.
+        older = {store.get_json(key).get("previous_dataset", "") for key in tied}
+        tied = [key for key in tied if key[len(prefix) : -len(marker)] not in older] or tied
+    return max(tied)[len(prefix) : -len(marker)] if tied else ""
 
 
 def dataset_digest(classes: Sequence[str], rows: Iterable[ManifestRow]) -> str:
