@@ -96,8 +96,8 @@ def differences(committed: Path, fresh: Path) -> list[str]:
 def dangling_references(documents: list[dict[str, Any]]) -> list[str]:
     """References in a compiled pipeline that nothing provides, which fail only in the cluster.
 
-    Four kinds: a task's `componentInputParameter` that its DAG does not define; a loop over an input that the loop's
-    component lacks; a placeholder in an executor that its task does not pass; and a `componentInputParameter` in the
+    Four kinds: a task's `componentInputParameter` that its DAG does not define; a loop over an input that is not passed to
+    the loop; a placeholder in an executor that its task does not pass; and a `componentInputParameter` in the
     platform spec that the parent DAG lacks.
     """
     spec = documents[0]
@@ -114,7 +114,8 @@ def dangling_references(documents: list[dict[str, Any]]) -> list[str]:
             problems += [
                 f"{where}: {name}" for name in _component_inputs(task.get("inputs", {})) if name not in provided
             ]
-            problems += [f"{where} (loop): {name}" for name in _component_inputs(_iterator(task)) if name not in known]
+            own = set(task.get("inputs", {}).get("parameters", {}))
+            problems += [f"{where} (loop): {name}" for name in _component_inputs(_iterator(task)) if name not in own]
             label = component.get("executorLabel", "")
             passed = set(task.get("inputs", {}).get("parameters", {})) | set(
                 task.get("inputs", {}).get("artifacts", {})
@@ -160,8 +161,8 @@ def _component_inputs(tree: Any) -> Iterator[str]:
                 yield entry[key]
 
 
-def _placeholders(executor: Any) -> Iterator[str]:
-    for text in _strings((executor or {}).get("container", {})):
+def _placeholders(tree: Any) -> Iterator[str]:
+    for text in _strings(tree):
         for _, name in _PLACEHOLDER.findall(text):
             yield name
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from kfp import dsl, kubernetes
 
-__all__ = ["on_cluster", "on_gpu"]
+__all__ = ["on_cluster", "on_gpu", "with_roboflow"]
 
 _SETTINGS = ("HAECHI_S3_ENDPOINT", "HAECHI_S3_REGION", "HAECHI_BUCKET", "MLFLOW_TRACKING_URI")
 _CREDENTIALS = {"access_key": "HAECHI_S3_ACCESS_KEY", "secret_key": "HAECHI_S3_SECRET_KEY"}
@@ -46,3 +46,9 @@ def on_gpu(
     # Kubernetes gives 64 MiB of /dev/shm, too little for data loader workers.
     kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory")  # noqa: S108
     return task.set_retry(num_retries=3, backoff_duration="60s", backoff_factor=2.0)
+
+
+def with_roboflow(task: dsl.PipelineTask, secret: Any) -> dsl.PipelineTask:
+    """Let a task use Roboflow where the cluster has a Secret with its `api_key`; without one it starts all the same."""
+    kubernetes.use_secret_as_env(task, secret, {"api_key": "ROBOFLOW_API_KEY"}, optional=True)
+    return task

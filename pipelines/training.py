@@ -13,7 +13,7 @@ from haechi.components.label.component import label
 from haechi.components.resolve.component import resolve
 from haechi.components.train.component import train
 
-from .placement import on_cluster, on_gpu
+from .placement import on_cluster, on_gpu, with_roboflow
 
 __all__ = ["training"]
 
@@ -50,6 +50,7 @@ def training(
     train_image: str = "haechi/train:0.1.0",
     settings_config_map: str = "haechi-settings",
     s3_secret: str = "haechi-s3",  # noqa: S107 - the Secret's name, not a secret
+    roboflow_secret: str = "haechi-roboflow",  # noqa: S107
 ) -> str:
     """Turn the flywheel once.
 
@@ -81,6 +82,7 @@ def training(
         train_image: image of train and export.
         settings_config_map: ConfigMap with endpoint, bucket and tracking URI.
         s3_secret: Secret with the store's credentials.
+        roboflow_secret: Secret with the key `api_key`; needed only where an import is a Roboflow project.
 
     Returns:
         `promote`, `refuse` or `not_enough_data`.
@@ -95,6 +97,7 @@ def training(
     arrived = on_cluster(
         ingest(sources=sources, imports=imports, classes=classes, quality=quality, run_id=run_id).after(world), *steps
     )
+    with_roboflow(arrived, roboflow_secret)
     labelled = on_cluster(
         label(
             frames=arrived.outputs["frames"],

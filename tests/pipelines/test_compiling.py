@@ -62,9 +62,8 @@ def test_the_lint_finds_an_input_that_the_loop_does_not_get(documents: list[dict
 
 def test_the_lint_finds_a_placeholder_that_the_task_does_not_pass(documents: list[dict[str, Any]]) -> None:
     broken = copy.deepcopy(documents)
-    del _loop(broken[0])["dag"]["tasks"]["train"]["inputs"]["parameters"]["gpu_count"]
-    problems = dangling_references(broken)
-    assert any("executor" in problem for problem in problems) or any("gpu_count" in problem for problem in problems)
+    del _loop(broken[0])["dag"]["tasks"]["train"]["inputs"]["parameters"]["pipelinechannel--gpu_count"]
+    assert any("executor" in problem and "gpu_count" in problem for problem in dangling_references(broken))
 
 
 def test_the_lint_finds_a_selector_that_the_parent_lacks(documents: list[dict[str, Any]]) -> None:
