@@ -31,17 +31,17 @@ def painted(*cells: tuple[int, float], ground: int = 0) -> bytes:
     return paint(places, ground=(ground, ground, ground))
 
 
-def put_frame(store: Store, data: bytes, name: str = "frame") -> Frame:
+def put_frame(store: Store, data: bytes, name: str = "frame", ext: str = "png") -> Frame:
     """Store a picture as an accepted frame; its row."""
     sha256, pixels = sha256_bytes(data), decode(data)
     look = signature(pixels)
-    store.put_if_absent(frame_key(sha256, "png"), data)
+    store.put_if_absent(frame_key(sha256, ext), data)
     return Frame(
         sha256=sha256,
-        ext="png",
+        ext=ext,
         width=pixels.shape[1],
         height=pixels.shape[0],
-        key=f"s3://raw/gate/{name}.png",
+        key=f"s3://raw/gate/{name}.{ext}",
         source="gate",
         camera="gate",
         captured_at=datetime(2026, 2, 3, 4, 5, 6, 789_000, tzinfo=UTC),

@@ -525,3 +525,61 @@ def test_a_run_killed_before_any_write_and_repeated_ends_like_one_that_was_not(
         assert snapshot(world.store) == whole, f"killed before write {killed}"
         killed += 1
     assert killed == 12, "2 review objects, 4 deletes, 2 machine objects, 1 closed task, 3 tasks"
+
+
+# the contract -----------------------------------------------------------------------------------------------------
+
+
+def test_the_component_runs_the_step_and_sets_plain_metadata(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kfp import dsl
+
+    from haechi.components.label.component import label as component
+
+    model, teacher = world.teacher()
+    world.frames({"sure": painted((0, 0.9)), "unsure": painted((0, 0.4))})
+    for name, value in world.settings.to_env().items():
+        monkeypatch.setenv(name, value)
+    out = dsl.Artifact(uri=str(world.folder / "labels"))
+    component.python_func(
+        frames=dsl.Artifact(uri=str(world.folder / "frames")),
+        name="gate",
+        champion="",
+        teacher=teacher,
+        classes=CLASSES,
+        class_map={},
+        bands={"default": [0.2, 0.6]},
+        review_limit=5,
+        labels=out,
+    )
+    assert read_json(world.folder / "labels" / "label.json") == out.metadata
+    assert (out.metadata["accepted"], out.metadata["review"], out.metadata["teacher"]) == (1, 1, model.version)
+
+
+# real frames ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.realdata
+@pytest.mark.filterwarnings("ignore")
+def test_a_coco_model_labels_the_people_of_a_real_lobby(world: World, realdata: Path) -> None:
+    """A fixed-vocabulary checkpoint, exported first, as the teacher of an unlabelled camera."""
+    from haechi.components.export.step import export_checkpoint
+
+    folder = world.folder / "yolo11n"
+    export_checkpoint(realdata / "weights" / "yolo11n.pt", folder, name="coco", imgsz=640)
+    pictures = sorted((realdata / "cam_lobby").glob("*.jpg"))[::12]
+    rows = [put_frame(world.store, path.read_bytes(), path.stem, "jpg") for path in pictures]
+    world.write(rows)
+    result = world.label(
+        teacher=str(folder), classes=["visitor", "dog"], class_map={"person": "visitor"}, bands={"default": [0.25, 0.6]}
+    )
+    assert result.accepted + result.background + result.review == len(rows)
+    assert result.accepted > 0 and result.accepted + result.review > len(rows) // 4
+    labelled = list(exported_frames(world.store))
+    boxes = [item for row in labelled for item in row.boxes]
+    assert {item.class_name for item in boxes} == {"visitor"}
+    assert min(item.score for item in boxes) >= 0.6
+    sizes = {row.sha256: (row.width, row.height) for row in rows}
+    for row in labelled:
+        width, height = sizes[row.sha256]
+        assert all(0 <= item.x1 < item.x2 <= width and 0 <= item.y1 < item.y2 <= height for item in row.boxes)
+        assert row.covers == ("visitor", "dog")
