@@ -24,7 +24,7 @@ from haechi.components.shared.settings import Settings
 from .processes import ProcessId, ServiceError, stop_pair
 from .servers import GRACE, ObjectStoreService, Server, TrackingService, answers
 
-__all__ = ["ObjectStoreService", "Services", "TrackingService", "down", "running", "services", "up"]
+__all__ = ["FolderLock", "ObjectStoreService", "Services", "TrackingService", "down", "running", "services", "up"]
 
 _STATE = "services.json"
 
@@ -126,8 +126,12 @@ def _start_together(stack: contextlib.ExitStack, *members: Server) -> None:
     say(f"{' and '.join(member.name for member in members)} are up after {time.monotonic() - started:.0f} s")
 
 
-class _Lock:
-    """An exclusive lock on a work folder, which the system lets go when its holder dies."""
+class FolderLock:
+    """An exclusive lock on a file of a work folder, which the system lets go when its holder dies.
+
+    Raises:
+        ServiceError: another process holds it.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a")
@@ -136,22 +140,23 @@ class _Lock:
         except OSError as error:
             self._file.close()
             raise ServiceError(
-                f"another process is using the services in {path.parent}",
+                f"another process is using {path.parent}",
                 "Wait for it to end, or choose another folder with --workdir.",
             ) from error
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Let go; again is harmless."""
         self._file.close()
 
 
-@contextlib.contextmanager
-def _only_one(workdir: Path) -> Iterator[_Lock]:
-    lock = _Lock(workdir / ".services.lock")
-    try:
-        yield lock
-    finally:
-        lock.release()
+def _only_one(workdir: Path) -> FolderLock:
+    return FolderLock(workdir / ".services.lock")
 
 
 def _folder(workdir: Path) -> Path:

@@ -1,0 +1,97 @@
+"""What the demo does, in numbers: how much is drawn, how long is trained, what the gate asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from haechi.components.shared.errors import InputError
+
+from .world import CLASSES, RAW_PATTERN
+
+__all__ = ["NAME", "Plan"]
+
+NAME = "safety"
+_BANDS = {"default": [0.2, 0.6], "fire": [0.15, 0.6]}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The demo's size. The defaults take less than six minutes on two cores.
+
+    Attributes:
+        seed: of the world, the splits and the trainings.
+        labelled: images of the set that round 1 starts from.
+        bursts, frames: of round 2's raw frames, a camera and a burst.
+        epochs, warm_epochs: of the trainings from scratch in round 1, and from the champion in round 2.
+        imgsz, batch: of every training.
+    """
+
+    seed: int = 7
+    labelled: int = 180
+    bursts: int = 14
+    frames: int = 4
+    epochs: int = 12
+    warm_epochs: int = 5
+    imgsz: int = 160
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("labelled", "bursts", "frames", "epochs", "warm_epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} of the demo is {getattr(self, name)}", "Give 1 or more.")
+
+    def first_round(self, labelled: Path, target: str) -> dict[str, Any]:
+        """Pipeline parameters of round 1: a labelled folder in, two networks from scratch."""
+        imported = {"uri": labelled.as_uri(), "format": "yolo", "covers": list(CLASSES), "class_map": {}}
+        candidates = [self._fresh("yolo11n"), self._fresh("yolov8n")]
+        return {**self._common(target), "sources": [], "imports": [imported], "candidates": candidates}
+
+    def second_round(self, bucket: str, target: str, champion: str) -> dict[str, Any]:
+        """Pipeline parameters of round 2: the cameras' frames in, two trainings that go on from the champion.
+
+        Without a champion (round 1 may honestly end without one) they start from scratch again.
+        """
+        source = {"uri": f"s3://{bucket}/raw/", "pattern": RAW_PATTERN}
+        warm = [
+            # AdamW with a small rate from the start: warm-up's large bias rate would first undo what is known.
+            self._candidate("warm", model="champion", epochs=self.warm_epochs, optimizer="AdamW", lr0=0.0008),
+            self._candidate("warm-gentle", model="champion", epochs=self.warm_epochs, optimizer="AdamW", lr0=0.0003),
+        ]
+        fresh = [self._fresh("yolo11n"), self._fresh("yolov8n")]
+        return {
+            **self._common(target),
+            "sources": [source],
+            "imports": [],
+            "candidates": warm if champion else fresh,
+        }
+
+    def _common(self, target: str) -> dict[str, Any]:
+        return {
+            "name": NAME,
+            "classes": list(CLASSES),
+            "bands": _BANDS,
+            "review_limit": 500,
+            "ratios": {"val": 0.15, "test": 0.25},
+            "thresholds": {"default": 0.25},
+            "gate": {
+                "min_boxes": 10,
+                "min_groups": 5,
+                "floors": {"default": 0.3},
+                "noninferiority": 0.05,
+                "max_class_drop": 0.1,
+            },
+            "target": target,
+            "seed": self.seed,
+            "device": "cpu",
+        }
+
+    def _fresh(self, model: str) -> dict[str, Any]:
+        return self._candidate(model, model=model, epochs=self.epochs)
+
+    def _candidate(self, name: str, **options: Any) -> dict[str, Any]:
+        extra = {"warmup_bias_lr": 0.0, "warmup_epochs": 1.0} if options["model"] == "champion" else {}
+        size = {"imgsz": self.imgsz, "batch": self.batch, "patience": 0}
+        # With a dozen epochs the default would train without mosaic in nearly all of them.
+        return {"name": name, **options, **extra, **size, "close_mosaic": 2}
