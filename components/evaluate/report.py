@@ -33,7 +33,7 @@ _TITLES = {
     "not_enough_data": "Not enough data to decide",
 }
 _PICTURE_TITLES = {
-    "label suspect": "Is the label right? Confident detections where the label has nothing",
+    "label suspect": "Is the label right? Detections where the label has nothing, surest first",
     "false alarm": "False alarms, most confident first",
     "miss": "Misses, largest first",
 }

@@ -14,6 +14,7 @@ main{max-width:1080px;margin:0 auto;padding:24px 20px 48px}
 h1{font-size:24px;line-height:1.25;margin:0 0 2px;overflow-wrap:anywhere}
 h2{font-size:17px;margin:0 0 12px}
 p{margin:0 0 10px}
+section p:last-child{margin-bottom:0}
 .sub{color:var(--soft);margin:0 0 18px;overflow-wrap:anywhere}
 section{background:var(--paper);border:1px solid var(--line);border-radius:10px;padding:18px 20px;margin:16px 0}
 .banner{border-left:8px solid var(--tone);padding:16px 20px}
