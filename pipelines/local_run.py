@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import time
 import uuid
@@ -29,9 +30,9 @@ __all__ = ["RunResult", "run_training"]
 
 _COLOUR = re.compile(r"\x1b\[\d+m")
 _EVENT = re.compile(
-    r"^(\d\d:\d\d:\d\d\.\d+) - INFO - (?:Executing task|Task) '([^']+)'(?: finished with status (\w+))?"
+    r"^(\d\d:\d\d:\d\d\.\d+) - (?:INFO|ERROR) - (?:Executing task|Task) '([^']+)'(?: finished with status (\w+))?"
 )
-_ERROR = re.compile(r"^(?:haechi\.components\.\S+?\.)(\w+): (.+)$")
+_RAISED = re.compile(r"^([\w.]+): (.+)$")
 _STEP_LINE = re.compile(r"^\s*\d\d:\d\d:\d\d (?!- )(.+)$")
 
 
@@ -91,6 +92,7 @@ def run_training(
         status = process.wait()
     finally:
         process.stop()
+        shutil.rmtree(scratch, ignore_errors=True)
     if status != 0 or not (folder / "result.json").is_file():
         raise events.failure(log)
     return RunResult(read_json(folder / "result.json")["decision"], folder, _artifacts(folder), events.seconds)
@@ -103,32 +105,38 @@ class _Events:
         self.seconds: dict[str, float] = {}
         self._tell = tell
         self._began: dict[str, float] = {}
-        self._error: tuple[str, str] | None = None
+        # A traceback ends with its exception, so the last such line before a task fails is that task's error.
+        self._last = self._error = ("", "")
 
     def take(self, line: str) -> None:
         line = _COLOUR.sub("", line)
         event = _EVENT.match(line)
         if event:
             self._event(event[2], event[3])
-        elif found := _ERROR.match(line.strip()):
-            self._error = (found[1], found[2])
         elif said := _STEP_LINE.match(line):
             self._tell(f"  {said[1]}")
+        elif found := _RAISED.match(line.strip()):
+            self._last = (found[1], found[2])
 
     def _event(self, task: str, status: str | None) -> None:
         if status is None:
             self._began[task] = time.monotonic()
             self._tell(f"{task} …")
             return
+        if status != "SUCCESS" and not self._error[0]:
+            self._error = self._last
         self.seconds[task] = round(time.monotonic() - self._began.pop(task, time.monotonic()), 1)
         self._tell(f"{task} {'done' if status == 'SUCCESS' else 'FAILED'} in {self.seconds[task]} s")
 
     def failure(self, log: Path) -> HaechiError:
-        if self._error is None:
-            return StepFailed(f"the run failed; the end of {log} says:\n{tail(log)}")
+        """The failed step's own error, or one that shows the end of the log."""
         name, message = self._error
-        kind = getattr(errors, name, StepFailed)
-        return kind(message) if issubclass(kind, HaechiError) else StepFailed(message)
+        kind = getattr(errors, name.rpartition(".")[2], None)
+        if isinstance(kind, type) and issubclass(kind, HaechiError):
+            return kind(message)
+        if not name:
+            return StepFailed(f"the run failed; the end of {log} says:\n{tail(log)}")
+        return StepFailed(f"a step failed with {name}: {message}", f"Look into {log}.")
 
 
 def _follow(log: Path, process: GuardedProcess) -> Iterator[str]:
