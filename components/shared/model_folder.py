@@ -188,10 +188,18 @@ def check_golden(folder: Path, detector: Detector, tolerance: Tolerance | None =
 
     Returns:
         The agreement; `ok` is False where there is no golden image.
+
+    Raises:
+        IntegrityError: the golden images cannot be read.
     """
     results = []
     for image in read_golden(folder):
-        pixels = decode(image.data)
+        try:
+            pixels = decode(image.data)
+        except InputError as error:
+            raise IntegrityError(
+                f"golden image {image.name} of {folder}: {error.problem}", "Fetch the folder again."
+            ) from error
         found = detector.detect([pixels], conf=GOLDEN_CONF, iou=_IOU)[0]
         results.append(compare(image.expected, found, GOLDEN_CONF, tolerance or Tolerance(), max(pixels.shape[:2])))
     return agree(results)
