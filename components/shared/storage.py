@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _Result = TypeVar("_Result")
 
 # 3 × 4 s until a host that does not answer is told, 2 × 30 s until one that hangs is.
 _TIMEOUT = urllib3.Timeout(connect=4, read=30)
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _RETRIES = urllib3.Retry(
     total=3, connect=2, read=1, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504], allowed_methods=None
 )
@@ -71,6 +73,7 @@ class Store:
 
     Raises:
         SettingsError: no endpoint is set.
+        InputError: no name that a bucket can have.
     """
 
     def __init__(self, settings: Settings, bucket: str = "") -> None:
@@ -83,6 +86,10 @@ class Store:
         self.settings = settings
         self.endpoint = settings.s3_endpoint
         self.bucket = bucket or settings.bucket
+        if not _BUCKET.fullmatch(self.bucket):
+            raise InputError(
+                f"{self.bucket!r} is no bucket name", "Use 3 to 63 lower-case letters, digits, dots and dashes."
+            )
         # minio-py's default client retries for minutes; a camera team wants to know within seconds.
         pool = urllib3.PoolManager(timeout=_TIMEOUT, retries=_RETRIES, maxsize=max(16, 2 * settings.workers))
         self._client = Minio(
