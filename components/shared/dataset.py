@@ -58,7 +58,7 @@ class Box:
         x1, y1, x2, y2: corners in pixels of the upright image.
         score: the teacher's confidence; 1.0 for a person's or an imported box.
         origin: `import`, `machine` or `review`: who drew it.
-        actor: the import's source URI, the teacher's model version, or the reviewer's name.
+        actor: the import's source URI, `model:<teacher's version>`, or the reviewer's name.
         parent: for a reviewed box that began as a proposal, the teacher's model version; else empty.
     """
 
