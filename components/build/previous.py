@@ -59,12 +59,18 @@ def read_previous(store: Store, name: str, digest: str) -> Previous:
     except json.JSONDecodeError as error:
         raise IntegrityError(f"{store.uri(prefix)}stats.json is damaged", "Restore it from a backup.") from error
     rows = read_rows(manifest, ManifestRow)
-    if dataset_digest(list(yaml.safe_load(described)["names"].values()), rows) != digest:
+    try:
+        classes = list(yaml.safe_load(described)["names"].values())
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{store.uri(prefix)}data.yaml has no class names", "Restore it from a backup.") from error
+    if dataset_digest(classes, rows) != digest:
         raise IntegrityError(
             f"{store.uri(prefix)}manifest.parquet does not have the digest of its folder",
             "It was changed after it was written: restore it from a backup.",
         )
-    retired = {sha: (Place(item["split"], item["group"]), item["reason"]) for sha, item in stats["retired"].items()}
+    retired = {
+        sha: (Place(item["split"], item["group"]), item["reason"]) for sha, item in stats.get("retired", {}).items()
+    }
     return Previous(
         places={sha: place for sha, (place, reason) in retired.items() if reason != "leak"}
         | {row.sha256: Place(row.split, row.group) for row in rows},
