@@ -154,7 +154,8 @@ class ObjectStoreService(Server):
         command = [_weed(), "-logtostderr=true", "server", "-s3", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         command += [f"-{name}={port}" for name, port in ports.items()]
         command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false", f"-s3.config={config}"]
-        command += ["-volume.max=0", "-master.volumeSizeLimitMB=1024", "-master.resumeState=false"]
+        # A number, not 0: SeaweedFS would allow free disk / 1 GiB volumes, and a small disk soon has no room for a bucket.
+        command += ["-volume.max=10000", "-master.volumeSizeLimitMB=1024", "-master.resumeState=false"]
         env = {**os.environ, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1", "HOME": str(data)}
         # It leaves its sockets in /tmp behind when it is killed.
         grpc = [f"{role.split('.')[0]}-grpc-{port + _GRPC}" for role, port in ports.items()]
