@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from haechi.components.shared.errors import DeployRefused
+from haechi.components.shared.errors import DeployRefused, TrackingError
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.tracking import VERSION_TAG, RegisteredVersion, Tracker, metric_names
 
 from .verdict import Verdict
 
-__all__ = ["check_champion", "record"]
+__all__ = ["EXPERIMENT", "check_champion", "record"]
+
+EXPERIMENT = "training"  # the pipeline's name, where the trainings' runs are too
 
 
 def check_champion(tracker: Tracker, name: str, pinned: str, version: str) -> None:
@@ -46,13 +48,14 @@ def record(
     """
     run_id, own = _run(tracker, model)
     known = tracker.run(run_id)
-    params = dict(model.training)
-    metrics = {**model.metrics, **verdict.metrics()}
-    if known is not None:  # the training logged its own settings; MLflow refuses to change a parameter
-        names = metric_names([*params, *metrics])
-        params = {key: value for key, value in params.items() if names[key] not in known.params}
-        metrics = {key: value for key, value in metrics.items() if known.metrics.get(names[key]) != value}
-    tracker.log_params(run_id, params)
+    if known is None:
+        raise TrackingError(f"MLflow's run {run_id} was deleted meanwhile", "Run deploy again.")
+    # The training logged its settings and its val curve itself; MLflow refuses to change a parameter, and a number that
+    # is there already must not become a second point of its curve.
+    names = metric_names([*model.training, *model.metrics, *verdict.metrics()])
+    tracker.log_params(run_id, {key: value for key, value in model.training.items() if names[key] not in known.params})
+    metrics: dict[str, float | None] = {k: v for k, v in model.metrics.items() if names[k] not in known.metrics}
+    metrics |= {k: v for k, v in verdict.metrics().items() if known.metrics.get(names[k]) != v}
     tracker.log_metrics(run_id, metrics)
     tags = _tags(model, verdict, pipeline_run)
     tracker.set_tags(run_id, {VERSION_TAG: model.version, **tags})
@@ -69,8 +72,9 @@ def _run(tracker: Tracker, model: ModelFolder) -> tuple[str, bool]:
     """The training's run; for a model that was trained elsewhere, a run of our own, which a repeated step finds again."""
     if tracker.run(model.run_id):
         return model.run_id, False
-    found = tracker.find_run(model.name, VERSION_TAG, model.version)
-    return found or tracker.start_run(model.name, f"deploy-{model.version}", {VERSION_TAG: model.version}), True
+    mine = {VERSION_TAG: model.version, "haechi.model": model.name}
+    found = tracker.find_run(EXPERIMENT, mine)
+    return found or tracker.start_run(EXPERIMENT, f"deploy-{model.version}", mine), True
 
 
 def _tags(model: ModelFolder, verdict: Verdict, pipeline_run: str) -> dict[str, str]:
@@ -80,7 +84,7 @@ def _tags(model: ModelFolder, verdict: Verdict, pipeline_run: str) -> dict[str, 
         "haechi.dataset_digest": model.dataset_digest,
         "haechi.verdict": verdict.decision,
         "haechi.compared_with": verdict.champion,
-        "haechi.pipeline_run": pipeline_run,
+        "haechi.run": pipeline_run,
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from haechi.components.shared.errors import InputError
 from haechi.components.shared.files import write_json
-from haechi.components.shared.model_folder import ModelFolder
+from haechi.components.shared.model_folder import ModelFolder, fetch_model
 from haechi.components.shared.progress import say
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
@@ -83,7 +83,7 @@ def deploy(
         StorageError, TrackingError: a service cannot be reached or refuses us.
     """
     place_to = Target.parse(target)
-    model, judged = ModelFolder.load(onnx_model), Verdict.load(verdict)
+    model, judged = _load(onnx_model), Verdict.load(verdict)
     check_about(judged, model, name)
     check_allows(judged, champion, onnx_model)
     store, tracker = Store(settings), Tracker(settings)
@@ -118,7 +118,7 @@ def refuse(onnx_model: Path, verdict: Path, name: str, run_id: str, settings: Se
         DeployRefused: the verdict is about another model.
         ModelError, IntegrityError, StorageError, TrackingError: as in `deploy`.
     """
-    model, judged = ModelFolder.load(onnx_model), Verdict.load(verdict)
+    model, judged = _load(onnx_model), Verdict.load(verdict)
     check_about(judged, model, name)
     if judged.decision == "promote":
         raise InputError("the verdict says promote, so there is nothing to refuse", "Call deploy.")
@@ -128,6 +128,11 @@ def refuse(onnx_model: Path, verdict: Path, name: str, run_id: str, settings: Se
     registered = record(tracker, model, judged, uri, run_id)
     say(f"{name} {model.version} stays challenger (MLflow's version {registered.number}): {judged.decision}")
     return judged.decision
+
+
+def _load(folder: Path) -> ModelFolder:
+    """The folder's description, after the digests of both graph and checkpoint were checked."""
+    return ModelFolder.load(fetch_model(None, str(folder), cache=folder), verify=False)
 
 
 def _switch(target: Target, store: Store, model: ModelFolder, patience: Patience) -> None:

@@ -173,12 +173,12 @@ class Tracker:
         data = found.data
         return TrackedRun(run_id, found.info.status, dict(data.params), dict(data.metrics), dict(data.tags))
 
-    def find_run(self, experiment: str, tag: str, value: str) -> str:
-        """Id of the oldest run in the experiment that has this tag, or empty: how a repeated step finds its own run."""
+    def find_run(self, experiment: str, tags: Mapping[str, str]) -> str:
+        """Id of the oldest run in the experiment with these tags, or empty: how a repeated step finds its own run."""
         found = self._call(f"experiment {experiment!r}", self._client.get_experiment_by_name, experiment)
         if found is None:
             return ""
-        query = f"tags.`{tag}` = '{_check_model_name(value)}'"
+        query = " and ".join(f"tags.`{key}` = '{_check_model_name(value)}'" for key, value in tags.items())
         order, what = ["attributes.start_time ASC"], f"runs of experiment {experiment!r}"
         runs = self._call(what, self._client.search_runs, [found.experiment_id], query, max_results=1, order_by=order)
         return str(runs[0].info.run_id) if runs else ""

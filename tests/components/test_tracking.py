@@ -109,11 +109,11 @@ def test_candidates_that_start_together_share_one_experiment(tracker: Tracker, n
 
 
 def test_a_run_is_found_by_its_tag(tracker: Tracker, name: str) -> None:
-    assert tracker.find_run(name, VERSION_TAG, VERSION) == ""
+    assert tracker.find_run(name, {VERSION_TAG: VERSION}) == ""
     first = tracker.start_run(name, "one", {VERSION_TAG: VERSION})
     tracker.start_run(name, "two", {VERSION_TAG: VERSION})
-    assert tracker.find_run(name, VERSION_TAG, VERSION) == first
-    assert tracker.find_run(name, VERSION_TAG, OTHER) == ""
+    assert tracker.find_run(name, {VERSION_TAG: VERSION}) == first
+    assert tracker.find_run(name, {VERSION_TAG: VERSION, "stage": OTHER}) == ""
     assert tracker.run("no-such-run") is None
     assert tracker.run("") is None
 
