@@ -123,7 +123,10 @@ class Store:
             self._call("", lambda: self._client.make_bucket(self.bucket))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """All objects under `prefix`, in key order."""
+        """All objects under `prefix`, in the store's order: by key on S3 and MinIO, folder by folder on SeaweedFS.
+
+        The same objects come in the same order; a reader that needs key order sorts.
+        """
         listing = self._client.list_objects(self.bucket, prefix=prefix, recursive=True)
         while True:
             item = self._call(prefix, lambda: next(listing, None))
