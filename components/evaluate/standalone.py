@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -122,7 +123,7 @@ def _opened(model: Path, imgsz: int, settings: Settings) -> Iterator[_Opened]:
         yield _open_graph(model, imgsz, settings)
     elif model.suffix in (".pt", ".pth"):
         with tempfile.TemporaryDirectory(prefix="haechi-evaluate-") as scratch:
-            yield _open_folder(_export(model, Path(scratch) / "model", imgsz), imgsz, settings)
+            yield _open_folder(_export(model, Path(scratch) / "model", imgsz, settings), imgsz, settings)
     else:
         yield _open_folder(model, imgsz, settings)
 
@@ -162,14 +163,15 @@ def _longest(text: str) -> int:
         return 0
 
 
-def _export(checkpoint: Path, folder: Path, imgsz: int) -> Path:
+def _export(checkpoint: Path, folder: Path, imgsz: int, settings: Settings) -> Path:
     if not checkpoint.is_file():
         raise ModelError(f"there is no checkpoint {checkpoint}", "Give a model folder, an .onnx or a .pt file.")
     try:
         # The one place where a room calls another: a checkpoint cannot be measured before it is exported.
         from ..export.step import export_checkpoint
 
-        export_checkpoint(checkpoint, folder, imgsz=imgsz)
+        name = re.sub(r"[^a-z0-9]+", "-", checkpoint.stem.lower()).strip("-") or "model"
+        export_checkpoint(checkpoint, folder, name=name, imgsz=imgsz, threads=settings.threads)
     except ModuleNotFoundError as error:
         raise ModelError(
             f"{checkpoint} must be exported first, and {error.name} is not installed",
