@@ -231,7 +231,7 @@ def _export(arguments: Arguments) -> int:
         arguments.checkpoint,
         arguments.out,
         name=arguments.name,
-        images=arguments.images,
+        images=[arguments.images] if arguments.images else None,
         data=arguments.data,
         imgsz=arguments.imgsz,
         thresholds={"default": arguments.conf},

@@ -86,7 +86,7 @@ def real_parameters(realdata: Path, tmp_path: Path) -> dict[str, Any]:
     weights = tmp_path / "weights.pt"
     shutil.copy(realdata / "weights" / "yolo11n.pt", weights)
     teacher = tmp_path / "teacher"
-    export_checkpoint(weights, teacher, name="coco", images=data / "cam_lobby", imgsz=640)
+    export_checkpoint(weights, teacher, name="coco", images=[data / "cam_lobby"], imgsz=640)
     return run_parameters(
         "",
         [
