@@ -124,6 +124,11 @@ def refuse(onnx_model: Path, verdict: Path, name: str, run_id: str, settings: Se
         raise InputError("the verdict says promote, so there is nothing to refuse", "Call deploy.")
     store, tracker = Store(settings), Tracker(settings)
     store.check()
+    champion = tracker.alias(name, "champion")
+    if champion and champion.version == model.version:
+        # Training gave the champion's very file again: what MLflow says of the champion must not turn to "refuse".
+        say(f"{name} {model.version} is the champion itself: nothing to record")
+        return judged.decision
     uri = publish(store, model, onnx_model)
     registered = record(tracker, model, judged, uri, run_id)
     say(f"{name} {model.version} stays challenger (MLflow's version {registered.number}): {judged.decision}")

@@ -308,6 +308,15 @@ def test_a_refused_challenger_may_be_promoted_later(world: World) -> None:
     assert world.store.get(f"models/{world.name}/{model.version}/report.html") == REPORT.encode()
 
 
+def test_refusing_the_champions_very_file_leaves_what_is_said_of_it(world: World) -> None:
+    model = world.model()
+    world.deploy()
+    before = world.tracker.versions(world.name)
+    world.model(champion=model.version, decision="refuse")
+    assert world.refuse() == "refuse"
+    assert world.tracker.versions(world.name) == before
+
+
 def test_refuse_does_not_take_a_promotion(world: World) -> None:
     world.model()
     with pytest.raises(InputError, match="says promote"):
