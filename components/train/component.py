@@ -40,4 +40,4 @@ def train(
     with tempfile.TemporaryDirectory(prefix="haechi-train-") as work:
         out, settings = Path(checkpoint.path), Settings.from_env()
         result = run(Path(dataset.path), name, candidate, champion, seed, device, run_id, out, Path(work), settings)
-        checkpoint.metadata.update(result.metadata())
+        checkpoint.metadata.update({key: value for key, value in result.metadata().items() if value is not None})

@@ -21,6 +21,7 @@ from ..shared.storage import ObjectMissing, Store
 __all__ = ["StateKeeper", "TrainPlan", "training_key", "write_failure"]
 
 FORMAT_VERSION = 1
+_LOCAL_SECONDS = 10.0
 _DISTRIBUTIONS = ("ultralytics-opencv-headless", "ultralytics")
 
 
@@ -94,7 +95,11 @@ class StateKeeper:
         self.folder, self.key, self.every = folder, key, every
         self._store = Store(settings) if settings.s3_endpoint and key else None
         self._prefix = f"state/train/{key}/"
-        self._uploaded = time.monotonic()
+        self._uploaded = self._kept = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time to keep a state: an older one resumes as exactly, it only repeats more epochs."""
+        return time.monotonic() - self._kept >= min(_LOCAL_SECONDS, self.every)
 
     def save(self, state: dict[str, Any]) -> None:
         """Keep a state (tensors and plain values); `state["stop"]` marks the last one.
@@ -106,6 +111,7 @@ class StateKeeper:
         buffer = io.BytesIO()
         torch.save({**state, "format": FORMAT_VERSION, "key": self.key}, buffer)
         write_bytes(self.folder / "state.pt", buffer.getvalue())
+        self._kept = time.monotonic()
         due = time.monotonic() - self._uploaded >= self.every
         if self._store and (due or state["stop"]):
             try:

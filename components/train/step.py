@@ -355,7 +355,7 @@ class _Attempt:
             run_id=mlflow_run,
         )
         files = keeper.folder / "finished"
-        write_bytes(files / "checkpoint.pt", state["best"].numpy().tobytes())
+        write_bytes(files / "checkpoint.pt", state["checkpoint"].numpy().tobytes())
         write_bytes(files / "results.csv", state["csv"].encode())
         keeper.finish(files, result.metadata())
         say(f"candidate {blank.name}: val mAP50-95 {result.map50_95:.3f} after {result.epochs_run} epochs")

@@ -90,7 +90,7 @@ class FlywheelTrainer(DetectionTrainer):
         self.keeper = StateKeeper(self.home, self.settings, self.plan.key, self.plan.upload_every)
         self.reporter = EpochReporter(self.settings, self.plan.mlflow_run if RANK in (-1, 0) else "")
         self.train_loader: Any = None
-        self.best_bytes = b""
+        self.best_weights: dict[str, torch.Tensor] = {}
         self.best_metrics: dict[str, float] = {}
         self._nominal, self._pending, self._batch = 1, 0, 0
         self._earlier_seconds, self._epoch_start = 0.0, time.monotonic()
@@ -202,24 +202,33 @@ class FlywheelTrainer(DetectionTrainer):
     def save_model(self) -> bool:
         """Keep the best checkpoint and the whole state; say and log the epoch."""
         if self.best_fitness == self.fitness:
-            self.best_bytes = self._checkpoint()
+            self.best_weights = self._average()
             metrics = metric_table(self.metrics)
             self.best_metrics = {
                 "map50_95": metrics["val/mAP50-95"],
                 "map50": metrics["val/mAP50"],
                 "epoch": self.epoch + 1,
             }
-        self.keeper.save(self._state())
+        if self.stop or self.keeper.due():
+            self.keeper.save(self._state())
         self._tell()
         return True
 
-    def _checkpoint(self) -> bytes:
-        """The moving average as an Ultralytics checkpoint, without paths, dates and other marks of this machine."""
-        ema = deepcopy(self.ema.ema)
-        if not all(bool(torch.isfinite(value).all()) for value in ema.state_dict().values()):
+    def _average(self) -> dict[str, torch.Tensor]:
+        """The moving average of the weights in half precision, as checkpoints hold them."""
+        weights = {
+            key: (value.half() if value.is_floating_point() else value).to("cpu", copy=True).contiguous()
+            for key, value in self.ema.ema.state_dict().items()
+        }
+        if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
             raise TrainError(f"weights became NaN or infinite in epoch {self.epoch + 1}", "Give a smaller lr0.")
+        return weights
+
+    def _checkpoint(self) -> bytes:
+        """The best epoch as an Ultralytics checkpoint, without paths, dates and other marks of this machine."""
         options = {k: v for k, v in vars(self.args).items() if k in DEFAULT_CFG_KEYS and k not in _PATHS}
-        ema = ema.half().to("cpu", memory_format=torch.contiguous_format)
+        ema = deepcopy(self.ema.ema).half().to("cpu", memory_format=torch.contiguous_format)
+        ema.load_state_dict(self.best_weights)
         ema.criterion, ema.args, ema.pt_path = None, options, None
         for parameter in ema.parameters():
             parameter.requires_grad = False
@@ -242,7 +251,8 @@ class FlywheelTrainer(DetectionTrainer):
             "best_fitness": self.best_fitness,
             "criterion_updates": getattr(criterion, "updates", 0),
             "csv": self.csv.read_text(encoding="utf-8"),
-            "best": torch.frombuffer(bytearray(self.best_bytes), dtype=torch.uint8),
+            "best": self.best_weights,
+            "checkpoint": torch.frombuffer(bytearray(self._checkpoint() if self.stop else b"-"), dtype=torch.uint8),
             "best_metrics": self.best_metrics,
             "val_boxes": int(sum(len(label["cls"]) for label in self.test_loader.dataset.labels)),
             "seconds": self._earlier_seconds + time.monotonic() - self._began,
@@ -268,7 +278,7 @@ class FlywheelTrainer(DetectionTrainer):
             model.criterion.updates = state["criterion_updates"] - 1
             model.criterion.update()
         self.csv.write_text(state["csv"], encoding="utf-8")
-        self.best_bytes, self.best_metrics = state["best"].numpy().tobytes(), state["best_metrics"]
+        self.best_weights, self.best_metrics = state["best"], state["best_metrics"]
         self._earlier_seconds = state["seconds"]
         self.start_epoch = state["epoch"] + 1
         say(f"resumed after epoch {self.start_epoch} of {self.epochs}")
