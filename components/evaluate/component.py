@@ -3,6 +3,8 @@
 from kfp import dsl
 from kfp.dsl import HTML, Artifact, ClassificationMetrics, Dataset, Input, Metrics, Model, Output
 
+__all__ = ["evaluate"]
+
 
 @dsl.component(base_image="haechi/steps:0.1.0", install_kfp_package=False)
 def evaluate(

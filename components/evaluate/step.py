@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,12 +121,11 @@ def evaluate(
     store = Store(settings)
     data = _read_dataset(dataset)
     asked.check_classes(data.classes)
-    with tempfile.TemporaryDirectory(prefix="haechi-evaluate-") as scratch:
+    ours = ModelFolder.load(onnx_model)
+    with _model_cache(settings) as models:
         folders = [onnx_model]
-        ours = ModelFolder.load(onnx_model)
         if champion and champion != ours.version:
-            cache = settings.cache_path or Path(scratch)
-            folders.append(fetch_model(store, store.uri(f"models/{name}/{champion}/"), cache / "models"))
+            folders.append(fetch_model(store, store.uri(f"models/{name}/{champion}/"), models))
         scored = _score(folders, data, store, settings)
     challenger, rival = scored[0], scored[1] if len(scored) > 1 else None
     theirs = rival.score if rival else None
@@ -137,6 +137,15 @@ def evaluate(
     _write_verdict(verdict, result, challenger.score, theirs)
     say(f"{ours.name} {ours.version}: {judgement.decision}. {' '.join(judgement.reasons)}")
     return result
+
+
+@contextmanager
+def _model_cache(settings: Settings) -> Iterator[Path]:
+    if settings.cache_path:
+        yield settings.cache_path / "models"
+        return
+    with tempfile.TemporaryDirectory(prefix="haechi-evaluate-") as scratch:
+        yield Path(scratch)
 
 
 def _read_dataset(folder: Path) -> _Data:

@@ -441,7 +441,9 @@ def test_killed_at_any_point_and_run_again_it_ends_the_same(tmp_path: Path, stor
     again = tmp_path / "again"
     command = [sys.executable, "-c", program, tmp_path / "model", tmp_path / "dataset", again / "verdict"]
     command += [again / "report.html", version, json.dumps(GATE)]
-    environment = {**os.environ, **replace(settings, cache_dir=str(tmp_path / "cache")).to_env()}
+    environment = {**os.environ, "TMPDIR": str(tmp_path)} | replace(
+        settings, cache_dir=str(tmp_path / "cache")
+    ).to_env()
 
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen(
