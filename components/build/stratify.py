@@ -55,7 +55,8 @@ def assign(
     for name in plan.rarest_first():
         for split in ("test", "val", "train"):
             plan.provide(split, name)
-    for group in list(plan.waiting):
+    # Groups that can only train go first, so that the others are weighed against what train then still lacks.
+    for group in sorted(plan.waiting, key=lambda group: len(plan.able(group)) > 1):
         plan.place(group, plan.best(group))
     return plan.chosen
 
@@ -86,14 +87,14 @@ class _Plan:
         """Give the split one group with the class if it has none of it yet and one can be spared."""
         if self.have[split][name] or not self.quota[split].get(FRAMES):
             return
-        able = [item for item in self.waiting if item.sizes.get(name)]
+        having = [item for item in self.waiting if item.sizes.get(name)]
         # The last group of a class is train's: what is never learnt need not be tested.
-        if split != "train" and len(able) <= (0 if self.have["train"][name] else 1):
+        if split != "train" and len(having) <= (0 if self.have["train"][name] else 1):
             return
-        fitting = [item for item in able if self.fits(item, split)]
+        fitting = [item for item in having if self.fits(item, split)]
         modest = [item for item in fitting if item.sizes[name] <= self.quota[split][name]]
         by_boxes = sorted(fitting, key=lambda item: item.sizes[name])
-        choice = modest or by_boxes or sorted(able, key=lambda item: item.sizes[FRAMES])
+        choice = modest or by_boxes or sorted(having, key=lambda item: item.sizes[FRAMES])
         room = self.total[FRAMES] * LARGEST_SHARE - self.have[split][FRAMES]
         if choice and (fitting or split == "train" or choice[0].sizes[FRAMES] <= room):
             self.place(choice[0], split)
@@ -101,10 +102,13 @@ class _Plan:
     def fits(self, group: GroupSize, split: str) -> bool:
         return self.have[split][FRAMES] + group.sizes[FRAMES] <= self.quota[split][FRAMES]
 
+    def able(self, group: GroupSize) -> list[str]:
+        """Splits that the group may go to: never val or test for one above their whole share."""
+        return [split for split in SPLITS if split == "train" or group.sizes[FRAMES] <= self.quota[split][FRAMES]]
+
     def best(self, group: GroupSize) -> str:
-        """The split that comes nearest to its shares by this group; never val or test for one above their share."""
-        able = [split for split in SPLITS if split == "train" or group.sizes[FRAMES] <= self.quota[split][FRAMES]]
-        return max(able, key=lambda split: (self.gain(group, split), split == "train", split))
+        """The split that comes nearest to its shares by this group."""
+        return max(self.able(group), key=lambda split: (self.gain(group, split), split == "train", split))
 
     def gain(self, group: GroupSize, split: str) -> float:
         """By how much the squared distance to the wanted shares falls; frames weigh as much as all classes together."""

@@ -438,6 +438,12 @@ class TestStratify:
         for names, splits in expected.items():
             assert {chosen[name] for name in names} == splits
 
+    @pytest.mark.parametrize("seed", range(20))
+    def test_a_group_above_the_whole_share_of_test_trains(self, seed: int) -> None:
+        chosen = assign(sizes(large=(16, 16, 16), **{f"g{n}": (1, 1, 1) for n in range(84)}), {}, RATIOS, seed)
+        assert chosen["large"] == "train"
+        assert Counter(chosen.values()) == {"train": 70 - 15, "val": 15, "test": 15}
+
     def test_what_splits_hold_already_counts(self) -> None:
         have = {"train": {FRAMES: 10, "smoke": 10}, "val": {FRAMES: 50, "smoke": 50}, "test": {FRAMES: 50, "smoke": 50}}
         chosen = assign(sizes(**{f"g{n}": (2, 2, 0) for n in range(10)}), have, RATIOS, 0)
@@ -561,7 +567,10 @@ class TestStep:
         assert [(tmp_path / "a" / name).read_bytes() for name in FILES] == [
             (tmp_path / "b" / name).read_bytes() for name in FILES
         ]
+        prefix = f"datasets/safety/{first.digest}/"
+        before = [store.get(prefix + name) for name in FILES]
         assert run(settings, tmp_path / "c", previous=first.digest) == first
+        assert [store.get(prefix + name) for name in FILES] == before, "a complete dataset is never written again"
         assert latest_dataset(store, "safety") == first.digest
 
     def test_new_labels_grow_the_dataset_and_move_nothing(

@@ -178,6 +178,16 @@ class TestIntegrity:
             assert not (tmp_path / "data" / "data.yaml").exists()
         assert not list((tmp_path / "data").rglob(f"{rows[3].sha256}.jpg"))
 
+    def test_a_folder_that_was_whole_no_longer_looks_so_when_a_later_call_fails(
+        self, store: Store, rows: list[ManifestRow], tmp_path: Path
+    ) -> None:
+        result = materialize(rows, CLASSES, tmp_path / "data", store)
+        store.put(frame_key(rows[3].sha256, "jpg"), b"other bytes")
+        (tmp_path / "data" / "images" / "train" / f"{rows[3].sha256}.jpg").unlink()
+        with pytest.raises(IntegrityError):
+            materialize(rows, CLASSES, tmp_path / "data", store)
+        assert not result.data_yaml.exists()
+
     def test_a_missing_frame_is_named_before_anything_is_fetched(
         self, store: Store, rows: list[ManifestRow], tmp_path: Path
     ) -> None:
