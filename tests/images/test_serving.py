@@ -271,15 +271,15 @@ def test_health_answers_while_predictions_run(server: Running) -> None:
     askers = [threading.Thread(target=ask) for _ in range(2)]
     for asker in askers:
         asker.start()
-    slowest = 0.0
-    with httpx.Client() as client:
+    answered = 0
+    with httpx.Client(timeout=30) as client:
         while any(asker.is_alive() for asker in askers):
-            begun = time.monotonic()
             assert client.get(f"{server.url}/v2/health/live").status_code == 200
-            slowest = max(slowest, time.monotonic() - begun)
-            time.sleep(0.02)
+            answered += 1
+            time.sleep(0.01)
     assert done == [200, 200]
-    assert slowest < 1.0
+    # Were the loop busy with them, at most one would be answered before, one between and one after.
+    assert answered > 5
 
 
 def test_overload_is_told_at_once_and_passes(tmp_path: Path) -> None:
@@ -454,3 +454,14 @@ def test_impossible_options_are_refused(options: dict[str, int]) -> None:
 
 def test_json_that_claims_to_be_an_image_is_taken_at_its_word() -> None:
     assert v1_images(b"{}", "image/jpeg") == [b"{}"]
+
+
+def test_the_runtime_needs_nothing_of_the_other_images() -> None:
+    """Its image holds neither S3 client nor MLflow, pyarrow, kfp, torch."""
+    code = (
+        "import sys, haechi.serving.serve\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules}"
+        " & {'minio', 'mlflow', 'pyarrow', 'kfp', 'torch', 'ultralytics', 'pandas', 'requests'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
