@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from haechi.components.shared.errors import HaechiError, InputError
 
-__all__ = ["VERBS", "Verb", "main"]
+__all__ = ["VERBS", "Verb", "build_parser", "main"]
 
 Arguments = argparse.Namespace
 _DEFAULT_WORKDIR = ".haechi/run"
@@ -31,7 +32,7 @@ class Verb:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run the verb, and return its exit code (0 well, 2 usage, else by kind of error)."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     try:
         return VERBS[arguments.verb].run(arguments)
     except HaechiError as error:
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
     parser = argparse.ArgumentParser(prog="haechi", description="A Kubeflow-native flywheel for camera detectors.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
@@ -214,7 +216,7 @@ def _submit(arguments: Arguments) -> int:
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="Ultralytics detection checkpoint (.pt)")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
-    parser.add_argument("--name", default="", help="model name (default: the checkpoint's)")
+    parser.add_argument("--name", default="", help="model name (default: the checkpoint's file name)")
     parser.add_argument("--imgsz", type=int, default=0, help="longer side of the input (default: the checkpoint's)")
     parser.add_argument("--images", type=Path, help="folder of images to take the golden set from")
     parser.add_argument("--data", type=Path, help="data.yaml to take the golden set from")
@@ -230,7 +232,7 @@ def _export(arguments: Arguments) -> int:
     model = export_checkpoint(
         arguments.checkpoint,
         arguments.out,
-        name=arguments.name,
+        name=arguments.name or _kebab(arguments.checkpoint.stem),
         images=[arguments.images] if arguments.images else None,
         data=arguments.data,
         imgsz=arguments.imgsz,
@@ -246,6 +248,10 @@ def _export(arguments: Arguments) -> int:
         lines.append("Nothing proves this folder: give --images or --data, or serve it with --allow-unverified.")
     _report(arguments, asdict(model), [*lines, f"folder   {arguments.out}"])
     return 0
+
+
+def _kebab(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "model"
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -44,7 +44,7 @@ def test_a_reporting_verb_offers_json(verb: str, capsys: pytest.CaptureFixture[s
         (["export", "--checkpoint", "nowhere.pt", "--out", "x"], 7, "nowhere.pt"),
         (["serve", "--model", "nowhere"], 7, "nowhere"),
         (["predict", "--model", "nowhere", "a.jpg"], 7, "nowhere"),
-        (["evaluate", "--model", "nowhere", "--data", "data.yaml"], 7, "nowhere"),
+        (["evaluate", "--model", "nowhere", "--data", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["submit", "--host", "kubeflow"], 2, "--host"),
     ],
 )

@@ -72,6 +72,11 @@ def test_the_lint_finds_a_selector_that_the_parent_lacks(documents: list[dict[st
     assert any("platform" in problem and "node_selector" in problem for problem in dangling_references(broken))
 
 
+def test_the_dashboard_describes_every_parameter(documents: list[dict[str, Any]]) -> None:
+    for name, entry in documents[0]["root"]["inputDefinitions"]["parameters"].items():
+        assert entry.get("description"), name
+
+
 def test_gpu_settings_can_be_given_at_submit_time(documents: list[dict[str, Any]]) -> None:
     executor = documents[0]["deploymentSpec"]["executors"]["exec-train"]["container"]
     assert "gpu_type" in json.dumps(executor["resources"]["accelerator"])

@@ -1,0 +1,56 @@
+"""The READMEs' commands: each parses as the program would parse it, and names real targets, folders and parameters."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from haechi.pipelines import cli
+from haechi.pipelines.parameters import run_parameters
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _commands(name: str) -> list[str]:
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / name).read_text(), re.S)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+COMMANDS = _commands("README.md")
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("make ")])
+def test_a_make_target_exists(line: str) -> None:
+    target = shlex.split(line, comments=True)[1]
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "haechi " in line and "bin/" in line])
+def test_a_haechi_command_parses_with_its_parameters(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    arguments = cli.build_parser().parse_args(words[1:])
+    if arguments.verb in ("run", "submit"):
+        assert run_parameters(arguments.preset, arguments.set)["name"]
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("kubectl apply")])
+def test_an_applied_folder_is_a_kustomization(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    assert (ROOT / words[words.index("-k") + 1] / "kustomization.yaml").is_file()
+
+
+def test_no_command_is_left_untested() -> None:
+    known = re.compile(r"make |\.venv/bin/haechi |kubectl apply |kubectl create secret ")
+    assert [line for line in COMMANDS if not known.match(line)] == []
+
+
+def test_the_tree_names_what_exists() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name in ("components", "pipelines", "images/serving", "manifests", "docs", "tests"):
+        assert f"{name}/" in text
+        assert (ROOT / name).is_dir()
+    for path in re.findall(r"`((?:components|pipelines|docs|manifests)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
