@@ -30,7 +30,7 @@ __all__ = ["RunResult", "run_training"]
 
 _COLOUR = re.compile(r"\x1b\[\d+m")
 _EVENT = re.compile(
-    r"^(\d\d:\d\d:\d\d\.\d+) - (?:INFO|ERROR) - (?:Executing task|Task) '([^']+)'(?: finished with status (\w+))?"
+    r"^(\d\d:\d\d:\d\d\.\d+) - (?:INFO|ERROR) - (?:Executing task '([^']+)'|Task '([^']+)' finished with status (\w+))"
 )
 _RAISED = re.compile(r"^([\w.]+): (.+)$")
 _STEP_LINE = re.compile(r"^\s*\d\d:\d\d:\d\d (?!- )(.+)$")
@@ -112,7 +112,7 @@ class _Events:
         line = _COLOUR.sub("", line)
         event = _EVENT.match(line)
         if event:
-            self._event(event[2], event[3])
+            self._event(event[2] or event[3], event[4])
         elif said := _STEP_LINE.match(line):
             self._tell(f"  {said[1]}")
         elif found := _RAISED.match(line.strip()):
@@ -120,12 +120,13 @@ class _Events:
 
     def _event(self, task: str, status: str | None) -> None:
         if status is None:
-            self._began[task] = time.monotonic()
+            # Candidates run side by side under one name: their time is from the first start to the last end.
+            self._began.setdefault(task, time.monotonic())
             self._tell(f"{task} …")
             return
         if status != "SUCCESS" and not self._error[0]:
             self._error = self._last
-        self.seconds[task] = round(time.monotonic() - self._began.pop(task, time.monotonic()), 1)
+        self.seconds[task] = round(time.monotonic() - self._began.get(task, time.monotonic()), 1)
         self._tell(f"{task} {'done' if status == 'SUCCESS' else 'FAILED'} in {self.seconds[task]} s")
 
     def failure(self, log: Path) -> HaechiError:
@@ -156,9 +157,9 @@ def _follow(log: Path, process: GuardedProcess) -> Iterator[str]:
 
 
 def _artifacts(folder: Path) -> dict[str, list[Path]]:
-    """Outputs by name: kfp.local writes them to artifacts/<run>/<task>/<output>."""
+    """Outputs by name: kfp.local writes them to artifacts/<run>/[<loop iteration>/]<task>/<output>."""
     found: dict[str, list[Path]] = {}
-    tasks = [path for path in folder.glob("artifacts/*/*") if path.is_dir()]
+    tasks = [path.parent for path in folder.glob("artifacts/**/executor_output.json")]
     for task in sorted(tasks, key=lambda path: (path.stat().st_mtime, path.name)):
         for output in sorted(task.iterdir()):
             if output.name != "executor_output.json":

@@ -32,10 +32,10 @@ class Plan:
     labelled: int = 180
     bursts: int = 14
     frames: int = 4
-    epochs: int = 12
+    epochs: int = 13
     warm_epochs: int = 5
     imgsz: int = 160
-    batch: int = 16
+    batch: int = 8
 
     def __post_init__(self) -> None:
         for name in ("labelled", "bursts", "frames", "epochs", "warm_epochs", "batch"):
@@ -55,9 +55,8 @@ class Plan:
         """
         source = {"uri": f"s3://{bucket}/raw/", "pattern": RAW_PATTERN}
         warm = [
-            # AdamW with a small rate from the start: warm-up's large bias rate would first undo what is known.
-            self._candidate("warm", model="champion", epochs=self.warm_epochs, optimizer="AdamW", lr0=0.0008),
-            self._candidate("warm-gentle", model="champion", epochs=self.warm_epochs, optimizer="AdamW", lr0=0.0003),
+            self._candidate("warm", model="champion", epochs=self.warm_epochs, lr0=0.001),
+            self._candidate("warm-gentle", model="champion", epochs=self.warm_epochs, lr0=0.0004),
         ]
         fresh = [self._fresh("yolo11n"), self._fresh("yolov8n")]
         return {
@@ -73,7 +72,7 @@ class Plan:
             "classes": list(CLASSES),
             "bands": _BANDS,
             "review_limit": 500,
-            "ratios": {"val": 0.15, "test": 0.25},
+            "ratios": {"val": 0.15, "test": 0.2},
             "thresholds": {"default": 0.25},
             "gate": {
                 "min_boxes": 10,
@@ -88,10 +87,10 @@ class Plan:
         }
 
     def _fresh(self, model: str) -> dict[str, Any]:
-        return self._candidate(model, model=model, epochs=self.epochs)
+        return self._candidate(model, model=model, epochs=self.epochs, lr0=0.002)
 
     def _candidate(self, name: str, **options: Any) -> dict[str, Any]:
-        extra = {"warmup_bias_lr": 0.0, "warmup_epochs": 1.0} if options["model"] == "champion" else {}
-        size = {"imgsz": self.imgsz, "batch": self.batch, "patience": 0}
-        # With a dozen epochs the default would train without mosaic in nearly all of them.
-        return {"name": name, **options, **extra, **size, "close_mosaic": 2}
+        # A hundred pictures and a dozen epochs: every batch must be a step (the default gathers 64 pictures for one),
+        # and mosaics, which make a large set richer, leave too few whole objects to learn from.
+        steps = {"optimizer": "AdamW", "nbs": self.batch, "warmup_epochs": 1.0, "warmup_bias_lr": 0.0, "mosaic": 0.0}
+        return {"name": name, **options, **steps, "imgsz": self.imgsz, "batch": self.batch, "patience": 0}
