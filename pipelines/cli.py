@@ -301,12 +301,17 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
         "--endpoint", default="", help="V1 URL of a server, such as http://127.0.0.1:8080/v1/models/safety"
     )
     parser.add_argument("--out", type=Path, help="folder for drawn pictures")
+    parser.add_argument(
+        "--conf", type=float, default=None, help="confidence from which boxes count (default: the model's)"
+    )
 
 
 def _predict(arguments: Arguments) -> int:
     from .predict import predict
 
-    rows = predict(arguments.inputs, model=arguments.model, endpoint=arguments.endpoint, out=arguments.out)
+    rows = predict(
+        arguments.inputs, model=arguments.model, endpoint=arguments.endpoint, out=arguments.out, conf=arguments.conf
+    )
     sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
     return 1 if any("error" in row for row in rows) else 0
 

@@ -170,4 +170,5 @@ def training(
     with dsl.Else():
         refused = on_cluster(refuse(onnx_model=onnx_model, verdict=verdict, name=name, run_id=run_id), *steps)
     # If neither branch ran (a condition that failed to evaluate), OneOf makes that an error instead of a success.
-    return dsl.OneOf(deployed.outputs["Output"], refused.outputs["Output"])
+    decision: str = dsl.OneOf(deployed.outputs["Output"], refused.outputs["Output"])
+    return decision
