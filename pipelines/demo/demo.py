@@ -34,7 +34,7 @@ from .plan import NAME, Plan
 from .prediction import Prediction, ask, serving
 from .report import Evidence, write_report
 from .reviewer import Audit, Reviewed, answer_queue, audit_machine
-from .summary import round_summary, table
+from .summary import checkpoints, round_summary, table
 from .world import CLASSES, RawFrame, draw_labelled, draw_raw
 
 __all__ = ["demo"]
@@ -178,7 +178,7 @@ class _Journey:
         """What the report shows."""
         reviewed = [(item, self.store.get(_frame_key(item))) for item in islice(self.reviewed, 8)]
         reports = [run.artifact("report").read_text(encoding="utf-8") for run in self.runs]
-        curves = [[_curve(path) for path in run.artifacts["checkpoint"]] for run in self.runs]
+        curves = [[_curve(path) for path in checkpoints(run)] for run in self.runs]
         return Evidence(_samples(self.raw), reviewed, self.asked, reports, curves)
 
     def _cameras_send(self) -> None:

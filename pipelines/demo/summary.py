@@ -12,7 +12,7 @@ from haechi.components.shared.files import read_json
 
 from ..local_run import RunResult
 
-__all__ = ["round_summary", "table"]
+__all__ = ["checkpoints", "round_summary", "table"]
 
 _INGEST = ("seen", "accepted", "duplicates", "quarantined")
 _LABEL = ("accepted", "review", "background")
@@ -37,7 +37,7 @@ def round_summary(
     scorecard = read_json(run.artifact("verdict") / "scorecard.json")
     collected = read_json(run.artifact("labels") / "label.json")
     dataset = run.artifact("dataset")
-    trained = [read_json(path / "train.json") for path in run.artifacts["checkpoint"]]
+    trained = [read_json(path / "train.json") for path in checkpoints(run)]
     return {
         "ingest": {key: int(ingest[key]) for key in _INGEST}
         | {"imported": int(ingest.get("imported", 0)), "reasons": dict(ingest.get("reasons", {}))},
@@ -59,6 +59,11 @@ def round_summary(
         "deployed": _deployed(run, champion),
         "seconds": {**dict(seconds), **run.seconds},
     }
+
+
+def checkpoints(run: RunResult) -> list[Path]:
+    """The candidates' checkpoint artifacts in the order of the parameter `candidates`."""
+    return sorted(run.artifacts["checkpoint"])  # the loop's iteration is in the path
 
 
 def _dataset(folder: Path) -> dict[str, Any]:
