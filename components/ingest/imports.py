@@ -27,7 +27,7 @@ from ..shared.storage import Store, ordered_map, parse_s3_uri
 from .archive import extract
 from .coco import find_coco, parse_coco
 from .collect import quarantine
-from .examples import Example, Parsed, inside, sequence_of
+from .examples import Example, Parsed, inside, sequence_of, split_hint
 from .quality import Examined, examine
 from .roboflow import download, parse_roboflow_uri
 from .sources import Reader, check_keys, folder_of, short_name
@@ -155,6 +155,9 @@ def run_import(store: Store, spec: Import, run_id: str, out: Path, settings: Set
         covers, mapping = _map_classes(spec, parsed.names)
         batch = _Batch(spec, root, covers, mapping, parsed)
         batch.read(settings.workers)
+        if not covers:
+            # A VOC set has no list of classes: where no label has any, the labels' own errors come first.
+            raise _no_class(spec, parsed.names)
         if not batch.rows:
             raise NoDataError(f"{spec.uri} has no usable labelled image", "Check the set, its format and its labels.")
         batch.store(store, settings.workers)
@@ -321,15 +324,19 @@ def _map_classes(spec: Import, names: Sequence[str]) -> tuple[tuple[str, ...], d
         say(f"{spec.name}: boxes of {', '.join(unmapped)} are left out: no class of this run, and not in class_map")
     mapped = tuple(name for name in spec.classes if name in mapping.values())
     covers = tuple(name for name in spec.classes if name in spec.covers) or mapped
-    if not covers:
-        raise InputError(
-            f"none of the classes of {spec.uri} ({', '.join(names)}) is a class of this run",
-            f"Give class_map to {', '.join(spec.classes)}, or covers for a set of empty scenes.",
-        )
+    if not covers and names:
+        raise _no_class(spec, names)
     bare = [name for name in covers if name not in mapped]
     if bare:
         say(f"{spec.name}: covers {', '.join(bare)} without any class for it: its frames count as free of it")
     return covers, mapping
+
+
+def _no_class(spec: Import, names: Sequence[str]) -> InputError:
+    return InputError(
+        f"none of the classes of {spec.uri} ({', '.join(names)}) is a class of this run",
+        f"Give class_map to {', '.join(spec.classes)}, or covers for a set of empty scenes.",
+    )
 
 
 def _fingerprint(store: Store, spec: Import) -> str:
@@ -409,7 +416,8 @@ def _home(root: Path) -> Path:
     while True:
         entries = [path for path in root.iterdir() if not path.name.startswith(".")]
         wrapped = len(entries) == 1 and entries[0].is_dir() and not entries[0].is_symlink()
-        if not wrapped or entries[0].name in ("images", "Annotations", "annotations"):
+        meaningful = ("images", "Annotations", "annotations")
+        if not wrapped or entries[0].name in meaningful or split_hint(entries[0].name):
             return root
         root = entries[0]
 
