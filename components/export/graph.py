@@ -94,6 +94,8 @@ def write_onnx(checkpoint: Checkpoint, target: Path, imgsz: int) -> None:
         graph = onnx.load(str(made))
     kept = {entry.key: entry.value for entry in graph.metadata_props if entry.key not in _FORGOTTEN}
     del graph.metadata_props[:]
+    # Intermediate shapes are annotations that runtimes infer anew; their order and wording change from run to run.
+    del graph.graph.value_info[:]
     onnx.helper.set_model_props(graph, dict(sorted(kept.items())))
     if ast.literal_eval(kept["names"]) != dict(enumerate(checkpoint.classes)):
         raise ModelError(f"the graph exported from {checkpoint.path} lost its class names", "Export again.")

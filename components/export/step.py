@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,25 +10,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..shared.dataset import ManifestRow, read_rows
-from ..shared.detections import Detector, to_tensor
-from ..shared.errors import InputError, IntegrityError, ModelError, TrainError
+from ..shared.detections import Detector
+from ..shared.errors import InputError, IntegrityError, TrainError
 from ..shared.files import atomic_folder, read_json, sha256_file, write_json
-from ..shared.images import decode
-from ..shared.model_folder import GOLDEN_CONF, GoldenImage, ModelFolder, write_golden
-from ..shared.parity import Agreement, Tolerance, agree, compare
+from ..shared.model_folder import ModelFolder, write_golden
 from ..shared.progress import say
 from ..shared.settings import Settings
 from ..shared.storage import Store
 from ..shared.yolo import tame
 from .golden import Picture, choose_rows, from_data, from_files, from_store
 from .graph import Checkpoint, torch_detector, write_onnx
+from .proof import SPARE, prove
 
 __all__ = ["ExportResult", "export", "export_checkpoint", "spread_thresholds"]
 
-_GOLDEN_IOU = 0.7  # the suppression that golden boxes are taken with, whatever the service uses
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -98,10 +93,11 @@ def export(
         IntegrityError: a checkpoint folder without its files.
         ModelError: the network cannot be exported, or its graph gives other boxes than the checkpoint.
     """
+    _check_count(golden_images)
     folder, best = _best(checkpoints)
     pictures: list[Picture] = []
     if dataset is not None and golden_images > 0:
-        rows = choose_rows(read_rows(dataset / "manifest.parquet", ManifestRow), golden_images)
+        rows = choose_rows(read_rows(dataset / "manifest.parquet", ManifestRow), SPARE * golden_images)
         pictures = from_store(Store(settings), rows) if rows else []
     origin = _Origin(
         best["dataset_digest"],
@@ -109,8 +105,9 @@ def export(
         best["candidate"],
         {"val/mAP50-95": best["map50_95"], "val/mAP50": best["map50"]},
     )
+    source, size = folder / "checkpoint.pt", int(best["imgsz"])
     model, parity_ok = _write(
-        folder / "checkpoint.pt", out, name, pictures, int(best["imgsz"]), thresholds, iou, origin, settings.threads
+        source, out, name, pictures, golden_images, size, thresholds, iou, origin, settings.threads
     )
     return ExportResult(
         name, model.version, model.classes, best["map50_95"], best["name"], best["dataset_digest"], parity_ok
@@ -152,9 +149,10 @@ def export_checkpoint(
     if images and data:
         raise InputError("both images and a data.yaml are given", "Give one of --images and --data.")
     _check_count(golden_images)
-    pictures = from_files(images, golden_images) if images else from_data(data, golden_images) if data else []
+    wanted = SPARE * golden_images
+    pictures = from_files(images, wanted) if images else from_data(data, wanted) if data else []
     limits = {"default": 0.25} if thresholds is None else thresholds
-    return _write(checkpoint, out, name, pictures, imgsz, limits, iou, _Origin(), threads)[0]
+    return _write(checkpoint, out, name, pictures, golden_images, imgsz, limits, iou, _Origin(), threads)[0]
 
 
 def spread_thresholds(thresholds: Mapping[str, Any], classes: Sequence[str]) -> dict[str, float]:
@@ -209,6 +207,7 @@ def _write(
     out: Path,
     name: str,
     pictures: Sequence[Picture],
+    golden_images: int,
     imgsz: int,
     thresholds: Mapping[str, Any],
     iou: float,
@@ -228,9 +227,11 @@ def _write(
         write_onnx(checkpoint, folder / "model.onnx", size)
         digest = sha256_file(folder / "model.onnx")
         detector = Detector.from_onnx(folder / "model.onnx", checkpoint.classes, size, checkpoint.stride, threads)
-        golden = [_golden(detector, picture) for picture in pictures]
+        proof = prove(torch_detector(checkpoint, folder / "model.onnx", size), detector, pictures, golden_images)
+        write_json(folder / "parity.json", proof.to_dict())
+        proof.require()
+        golden = proof.golden(golden_images)
         write_golden(folder, golden, checkpoint.classes)
-        parity_ok = _prove(torch_detector(checkpoint, folder / "model.onnx", size), detector, golden, folder)
         model = ModelFolder(
             name=name,
             version=digest[:12],
@@ -249,57 +250,9 @@ def _write(
             metrics=origin.metrics,
         )
         model.write(folder)
-    say(f"exported {name} {model.version}: {len(golden)} golden images, parity {_word(parity_ok)}")
-    return model, parity_ok
+    say(f"exported {name} {model.version}: {len(golden)} golden images, parity {_word(proof.ok)}")
+    return model, proof.ok
 
 
 def _word(parity_ok: bool | None) -> str:
     return "not checked, for want of images" if parity_ok is None else "holds"
-
-
-def _golden(detector: Detector, picture: Picture) -> GoldenImage:
-    found = detector.detect([decode(picture.data)], conf=GOLDEN_CONF, iou=_GOLDEN_IOU)[0]
-    return GoldenImage(picture.name, picture.data, found)
-
-
-def _prove(reference: Detector, exported: Detector, golden: Sequence[GoldenImage], folder: Path) -> bool | None:
-    """Compare checkpoint and graph on the golden images and write `parity.json`.
-
-    Beside the boxes, all raw outputs are compared, so that a weak network without a box is proven too.
-
-    Raises:
-        ModelError: they disagree; names the worst image.
-    """
-    tolerance = Tolerance()
-    rows: list[dict[str, Any]] = []
-    results: list[Agreement] = []
-    for image in golden:
-        pixels = decode(image.data)
-        expected = reference.detect([pixels], conf=GOLDEN_CONF, iou=_GOLDEN_IOU)[0]
-        result = compare(expected, image.expected, GOLDEN_CONF, tolerance, max(pixels.shape[:2]))
-        batch = to_tensor([exported.prepare(pixels)[0]])
-        raw = _raw_difference(reference.infer(batch), exported.infer(batch), exported.head.kind)
-        same = bool(result.ok and raw <= tolerance.score)
-        results.append(result)
-        rows.append({"image": image.name, **asdict(result), "ok": same, "max_raw_score": raw})
-    total = asdict(agree(results))
-    total["ok"] = all(row["ok"] for row in rows) if rows else None
-    entry = {**total, "conf": GOLDEN_CONF, "iou": _GOLDEN_IOU, "tolerance": asdict(tolerance), "rows": rows}
-    write_json(folder / "parity.json", entry)
-    if total["ok"] is False:
-        worst = max(rows, key=lambda row: (not row["ok"], row["unmatched"], row["max_raw_score"], row["max_box_px"]))
-        raise ModelError(
-            f"the ONNX graph does not give the checkpoint's boxes: worst on {worst['image']} ({worst['unmatched']} boxes "
-            f"without a partner, corners off by {worst['max_box_px']:.2f} px, scores by {worst['max_raw_score']:.4f})",
-            "Report the checkpoint and the versions of torch, onnx and onnxruntime; do not deploy it.",
-        )
-    return None if total["ok"] is None else bool(total["ok"])
-
-
-def _raw_difference(expected: np.ndarray[Any, Any], found: np.ndarray[Any, Any], kind: str) -> float:
-    """Largest difference of any class score; rows of an end-to-end head have no fixed order, so 0 there."""
-    if kind != "dense":
-        return 0.0
-    if expected.shape != found.shape:
-        return math.inf
-    return float(np.abs(expected[:, 4:] - found[:, 4:]).max(initial=0.0))

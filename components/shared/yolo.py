@@ -89,10 +89,11 @@ def load_detector(path: Path) -> Any:
             f"{path} is not a checkpoint that can be loaded weights-only ({reason})",
             "Give a .pt file that Ultralytics 8.3 or later saved.",
         ) from error
-    task, head = getattr(model, "task", "unknown"), getattr(model, "model", [None])[-1]
-    if task != "detect" or not isinstance(model, tasks.DetectionModel) or not isinstance(head, tasks.Detect):
+    head = getattr(model, "model", [None])[-1]
+    detects = isinstance(head, tasks.Detect) and not isinstance(head, tasks.Segment | tasks.Pose | tasks.OBB)
+    if not (isinstance(model, tasks.DetectionModel) and detects):
         raise ModelError(
-            f"{path} is a {task} model ({type(model).__name__}, {type(head).__name__}), not a YOLO detector",
+            f"{path} is a {type(model).__name__} with a {type(head).__name__} head, not a YOLO detector",
             "Give a detection checkpoint, such as one trained from yolo11n.pt.",
         )
     return model

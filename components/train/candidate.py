@@ -63,13 +63,13 @@ def _freeze(key: str, value: Any) -> int | list[int]:
 _share, _positive = _number(0, 1), _number(0, _ANY)
 
 OPTIONS: dict[str, Callable[[str, Any], Any]] = {
-    "lr0": _positive,
-    "lrf": _positive,
+    "lr0": _share,
+    "lrf": _share,
     "momentum": _share,
-    "weight_decay": _positive,
+    "weight_decay": _share,
     "warmup_epochs": _positive,
     "warmup_momentum": _share,
-    "warmup_bias_lr": _positive,
+    "warmup_bias_lr": _share,
     "nbs": _whole(1),
     "optimizer": _optimizer,
     "cos_lr": _flag,
@@ -88,7 +88,7 @@ OPTIONS: dict[str, Callable[[str, Any], Any]] = {
     "hsv_v": _share,
     "degrees": _number(0, 180),
     "translate": _share,
-    "scale": _positive,
+    "scale": _share,
     "shear": _number(0, 180),
     "perspective": _number(0, 0.001),
     "flipud": _share,

@@ -136,11 +136,13 @@ def train(
         upload_every: seconds between uploads of the resumable state.
 
     Raises:
-        InputError: the device is not there.
+        InputError: the device is not there, or the seed is negative.
         NoDataError: no boxes in train or no frames in val.
         IntegrityError: the dataset is not what its manifest says.
         StorageError, TrackingError: a service cannot be reached.
     """
+    if seed < 0:
+        raise InputError(f"seed is {seed}", "Give 0 or more.")
     data = _Data.read(dataset)
     work.mkdir(parents=True, exist_ok=True)
     tame(settings.threads, work / "ultralytics")
