@@ -86,6 +86,10 @@ class Import:
             parse_roboflow_uri(uri)
         elif not uri.startswith(("file://", "s3://")):
             raise InputError(f"{where}.uri is {uri!r}", "Write file:///…, s3://… or roboflow://….")
+        if not isinstance(item.get("covers") or [], list | tuple) or not isinstance(
+            item.get("class_map") or {}, Mapping
+        ):
+            raise InputError(f"{where}: covers or class_map is malformed", 'Write ["fire"] and {"Flame": "fire"}.')
         class_map = {str(name): str(ours or "") for name, ours in (item.get("class_map") or {}).items()}
         covers = tuple(str(name) for name in item.get("covers") or ())
         for key, names in (("covers", covers), ("class_map", tuple(filter(None, class_map.values())))):
@@ -205,7 +209,7 @@ class _Batch:
             )
 
     def _look(self, example: Example) -> tuple[Example, Examined, list[Box], str]:
-        found = examine(example.path.read_bytes(), example.path.name, None)
+        found = examine(_bytes(example.path), example.path.name, None)
         if found.reason or example.boxes is None:
             return example, found, [], ""
         try:
@@ -271,14 +275,14 @@ class _Batch:
 
         def put(item: tuple[str, Path]) -> None:
             sha256, path = item
-            data = path.read_bytes()
+            data = _bytes(path)
             if sha256_bytes(data) != sha256:
                 raise IntegrityError(f"{path} changed while it was imported", "Run the import again.")
             store.put_if_absent(frame_key(sha256, self.rows[sha256].ext), data)
 
         def refuse(item: tuple[Path, Examined]) -> None:
             path, found = item
-            data = path.read_bytes()
+            data = _bytes(path)
             key = self._key(path)
             quarantine(store, found.sha256, found.ext, data, found.reason, found.detail, key, len(data))
 
@@ -308,6 +312,13 @@ class _Batch:
         parts += [f"{count} boxes of {name} left out" for name, count in info["dropped_boxes"].items()]
         parts += [f"{count} {name}" for name, count in (info["notes"] | info["reasons"]).items()]
         return "; ".join(parts)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}", "Check its permissions.") from error
 
 
 def _map_classes(spec: Import, names: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:

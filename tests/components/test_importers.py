@@ -303,6 +303,8 @@ def test_a_linked_label_outside_the_folder_is_refused(store: Store, tmp_path: Pa
     [
         ({"coverz": ["fire"]}, "coverz"),
         ({"covers": ["flood"]}, "flood"),
+        ({"covers": "fire"}, r"imports\[0\]: covers"),
+        ({"class_map": ["smoke"]}, r"imports\[0\]: .*class_map"),
         ({"class_map": {"smoke": "flood"}}, "flood"),
         ({"class_map": {"smokee": "smoke"}}, "smokee"),
         ({"format": "tfrecord"}, "tfrecord"),
