@@ -181,6 +181,7 @@ def _child(folder: Path) -> None:
         for task in component.dag.tasks.values():
             # Retries are for spot nodes; here they would only delay the error by minutes.
             task.ClearField("retry_policy")
+    mend_loops()
     local.init(
         runner=local.SubprocessRunner(use_venv=False),
         pipeline_root=str(folder / "artifacts"),
@@ -189,6 +190,26 @@ def _child(folder: Path) -> None:
     )
     done = training(**read_json(folder / "parameters.json"))
     write_json(folder / "result.json", {"decision": done.output})
+
+
+def mend_loops() -> None:
+    """Give the body of a loop the task outputs that it asks for.
+
+    kfp.local 2.17 replaces every task output that goes into a ParallelFor by the loop's item, so that a candidate would
+    take its own settings for the champion's version.
+    """
+    from kfp.local.orchestrator import task_spec_utils
+
+    original = task_spec_utils.create_parameter_loop_iteration_task_spec
+
+    def mended(original_task_spec: Any, loop_item: Any, loop_task_name: str) -> Any:
+        made = original(original_task_spec, loop_item, loop_task_name)
+        for name, given in original_task_spec.inputs.parameters.items():
+            if given.HasField("task_output_parameter"):
+                made.inputs.parameters[name].CopyFrom(given)
+        return made
+
+    task_spec_utils.create_parameter_loop_iteration_task_spec = mended
 
 
 if __name__ == "__main__":
