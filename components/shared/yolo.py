@@ -60,7 +60,8 @@ def tame(threads: int = 0, home: Path | None = None) -> Any:
     # In memory only: SETTINGS.update would write the user's file if someone imported Ultralytics before us.
     dict.update(utils.SETTINGS, dict.fromkeys(_INTEGRATIONS, False))
     importlib.import_module("ultralytics.utils.events").events.enabled = False
-    importlib.import_module("ultralytics.nn.tasks").SAFE_LOAD = True
+    tasks: Any = importlib.import_module("ultralytics.nn.tasks")
+    tasks.SAFE_LOAD = True  # read from the environment at its import, which may lie before us
     logging.getLogger("ultralytics").setLevel(logging.ERROR)
     torch = importlib.import_module("torch")
     torch.set_num_threads(threads or cpu_count())

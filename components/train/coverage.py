@@ -59,6 +59,8 @@ class CoverageDataset(YOLODataset):
         covers: from `read_covers`.
     """
 
+    buffer: list[int]
+
     def __init__(self, *args: Any, covers: dict[str, torch.Tensor], **kwargs: Any) -> None:
         self._covers = covers
         self._recent: list[int] = []
@@ -87,7 +89,8 @@ class CoverageDataset(YOLODataset):
         if self.cache != "ram":
             for index in self.buffer:
                 self.ims[index] = self.im_hw0[index] = self.im_hw[index] = None
-        self.buffer, self._recent = [], []
+        self.buffer.clear()
+        self._recent.clear()
         if self.augment:
             for index in random.sample(range(self.ni), min(_PRIMED, self.ni)):
                 self._touch(index)

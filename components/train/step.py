@@ -216,8 +216,9 @@ def _write_failed(result: TrainResult, out: Path) -> TrainResult:
 
 def _write(result: TrainResult, files: Path | None, out: Path) -> TrainResult:
     with atomic_folder(out) as folder:
-        for name in ("checkpoint.pt", "results.csv") if files else ():
-            shutil.copyfile(files / name, folder / name)
+        if files:
+            for name in ("checkpoint.pt", "results.csv"):
+                shutil.copyfile(files / name, folder / name)
         write_json(folder / "train.json", result.metadata())
     return result
 

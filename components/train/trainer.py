@@ -74,6 +74,8 @@ class FlywheelTrainer(DetectionTrainer):
         settings: of object store and MLflow; from the environment by default.
     """
 
+    accumulate: int
+
     def __init__(
         self,
         cfg: Any = DEFAULT_CFG,
