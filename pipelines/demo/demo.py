@@ -171,7 +171,9 @@ class _Journey:
         with serving(self.workdir / "deploy" / "current", self.workdir / "logs" / "serve.log", self.settings) as base:
             self.asked = [(frame, ask(base, NAME, frame)) for frame in tomorrow[:6]]
         shown = self.asked[0][1]
-        say(f"served: {shown.url} found {len(shown.boxes)} objects in {shown.frame} ({shown.milliseconds:.0f} ms)")
+        say(
+            f"served: {shown.url} answered for {shown.frame} with {len(shown.boxes)} box(es) ({shown.milliseconds:.0f} ms)"
+        )
         return shown
 
     def evidence(self) -> Evidence:

@@ -37,6 +37,7 @@ def round_summary(
     scorecard = read_json(run.artifact("verdict") / "scorecard.json")
     collected = read_json(run.artifact("labels") / "label.json")
     dataset = run.artifact("dataset")
+    parity = read_json(run.artifact("onnx_model") / "parity.json")
     trained = [read_json(path / "train.json") for path in checkpoints(run)]
     return {
         "ingest": {key: int(ingest[key]) for key in _INGEST}
@@ -49,7 +50,7 @@ def round_summary(
             for item in trained
         ],
         "chosen": read_json(run.artifact("onnx_model") / "model.json")["training"].get("name", ""),
-        "parity": read_json(run.artifact("onnx_model") / "parity.json"),
+        "parity": {name: value for name, value in parity.items() if name != "rows"},
         "verdict": {
             "decision": verdict["decision"],
             "reasons": list(verdict["reasons"]),
