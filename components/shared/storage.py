@@ -253,7 +253,7 @@ class Store:
             self.get_file(item.key, folder / _safe_relative(item.key[len(prefix) :]))
 
     def remove(self, key: str) -> None:
-        """Delete one object (only ever under `review/`)."""
+        """Delete one object (only ever under `review/`, and states of finished trainings under `state/train/`)."""
         self._call(key, lambda: self._client.remove_object(self.bucket, key))
 
     def _call(self, key: str, work: Callable[[], _Result]) -> _Result:

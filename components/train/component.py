@@ -3,6 +3,8 @@
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Model, Output
 
+__all__ = ["train"]
+
 
 @dsl.component(base_image="haechi/train:0.1.0", install_kfp_package=False)
 def train(

@@ -257,6 +257,9 @@ class _Attempt:
         except TrainError as error:
             reporter.finish(ok=False)
             return _write_failed(replace(blank, reason=str(error), run_id=mlflow_run), out)
+        except Exception:
+            reporter.finish(ok=False)
+            raise
         result = self._finish(blank, keeper, out, mlflow_run)
         best = {"val/mAP50-95": float(result.map50_95 or 0), "val/mAP50": float(result.map50 or 0)}
         reporter.log(best, result.epochs_run + 1)
