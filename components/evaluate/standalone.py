@@ -19,7 +19,7 @@ from ..shared.images import read_header
 from ..shared.model_folder import ModelFolder
 from ..shared.settings import Settings
 from ..shared.storage import ordered_map
-from ..shared.yolo_format import YoloData, label_path, read_data_yaml, read_labels, split_images
+from ..shared.yolo_format import YoloData, own_label_path, read_data_yaml, read_labels, split_images
 from .frames import CONF, detect_all, test_frame
 from .score import TestFrame, remap, score_model
 
@@ -99,10 +99,10 @@ def _images(data: YoloData, split: str) -> list[Path]:
     if not images:
         raise NoDataError(f"split {split} of {data.file} holds no image", "Check the entry, or choose another split.")
     # Without this a wrong folder would read as a set of background images, and every AP as null.
-    if not any(label_path(image).is_file() for image in images):
+    if not any(own_label_path(data, image).is_file() for image in images):
         raise NoDataError(
             f"no image of split {split} of {data.file} has a label file",
-            f"Labels belong beside the images, such as {label_path(images[0])}.",
+            f"Labels belong beside the images, such as {own_label_path(data, images[0])}.",
         )
     return images
 
@@ -113,7 +113,7 @@ def _truth(image: Path, data: YoloData) -> TestFrame:
         header = read_header(image.read_bytes())
     except InputError as error:
         raise InputError(f"{image}: {error.problem}", error.remedy) from error
-    boxes = read_labels(label_path(image), data.names, header.width, header.height)
+    boxes = read_labels(own_label_path(data, image), data.names, header.width, header.height)
     return test_frame(name, name, data.names, boxes, data.names)
 
 

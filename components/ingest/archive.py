@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import stat
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from ..shared.errors import InputError, StorageError
@@ -16,6 +18,7 @@ MAX_TOTAL = 64 * 2**30
 # Pictures hardly shrink and label files at most some twenty-fold; a bomb shrinks a thousand-fold.
 MAX_RATIO = 100
 _RATIO_FROM = 64 * 2**20
+_MAX_NAME = 1024  # bytes; what systems take at the least, and it bounds how deep folders nest
 
 
 def extract(file: Path, folder: Path, shown: str) -> None:
@@ -27,8 +30,8 @@ def extract(file: Path, folder: Path, shown: str) -> None:
         shown: how messages call it.
 
     Raises:
-        InputError: not a zip; an entry that is absolute, has `..`, is a link, encrypted or there twice; too many
-            entries, too many bytes, or a bomb's ratio.
+        InputError: not a zip, or a damaged one; an entry that is absolute, has `..`, is a link, encrypted, there twice
+            or both a file and a folder; too many entries, too many bytes, or a bomb's ratio.
         StorageError: the disk has less room than the archive needs.
     """
     try:
@@ -41,22 +44,28 @@ def extract(file: Path, folder: Path, shown: str) -> None:
                 raise StorageError(f"{shown} needs {total} bytes, {folder} has {free}", "Free disk space.")
             for entry in entries:
                 _unpack(archive, entry, folder)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise InputError(f"{shown} is not a sound zip archive ({error})", "Make the archive again.") from error
 
 
 def _check(entries: list[zipfile.ZipInfo], shown: str) -> None:
     if len(entries) > MAX_ENTRIES:
         raise InputError(f"{shown} has {len(entries)} entries, more than {MAX_ENTRIES}", "Split the archive.")
-    names: set[str] = set()
+    files: set[str] = set()
+    folders: set[str] = set()
     for entry in entries:
         problem = _problem(entry)
-        name = str(PurePosixPath(entry.filename)).casefold()
-        if not problem and name in names and not entry.is_dir():
+        path = PurePosixPath(entry.filename.casefold())
+        if not problem and str(path) in files:
             problem = "is there twice"
+        (folders if entry.is_dir() else files).add(str(path))
+        folders.update(str(parent) for parent in path.parents if str(parent) not in folders)
         if problem:
-            raise InputError(f"{shown}: the entry {entry.filename!r} {problem}", "Make the archive again without it.")
-        names.add(name)
+            raise InputError(
+                f"{shown}: the entry {entry.filename[:200]!r} {problem}", "Make the archive again without it."
+            )
+    if both := sorted(files & folders):
+        raise InputError(f"{shown}: {both[0][:200]!r} is both a file and a folder", "Make the archive again.")
     total = sum(entry.file_size for entry in entries)
     packed = sum(entry.compress_size for entry in entries)
     if total > MAX_TOTAL or (total > _RATIO_FROM and total > MAX_RATIO * max(1, packed)):
@@ -76,6 +85,8 @@ def _problem(entry: zipfile.ZipInfo) -> str:
         return "leads outside the archive"
     if "\\" in name:
         return "has backslashes"
+    if len(name.encode()) > _MAX_NAME or any(len(part.encode()) > 255 for part in parts):
+        return "has too long a name"
     if entry.flag_bits & 1:
         return "is encrypted"
     kind = stat.S_IFMT(entry.external_attr >> 16)
@@ -95,6 +106,8 @@ def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path) -> N
         with archive.open(entry) as source, target.open("xb") as sink:
             shutil.copyfileobj(source, sink, 2**20)
     except OSError as error:
+        if error.errno is None:  # bzip2's word for damaged data
+            raise zipfile.BadZipFile(f"{entry.filename}: {error}") from error
         raise StorageError(
             f"cannot unpack {entry.filename} to {folder}: {error.strerror or error}",
             "Free disk space or check the mount.",

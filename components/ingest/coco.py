@@ -49,7 +49,7 @@ def _parse_file(root: Path, file: Path) -> Parsed:
     try:
         names = {int(item["id"]): str(item["name"]).strip() for item in content["categories"]}
         images = {int(item["id"]): (str(item["file_name"]), _size(item)) for item in content["images"]}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{shown}: images or categories are malformed ({error!r})", "Correct the file.") from error
     notes: Counter[str] = Counter()
     boxes: dict[int, list[_Placed]] = defaultdict(list)
@@ -60,7 +60,7 @@ def _parse_file(root: Path, file: Path) -> Parsed:
             notes["crowd regions"] += 1
             continue
         image = item.get("image_id") if isinstance(item, dict) else None
-        if image not in images:
+        if not isinstance(image, int | float | str) or image not in images:
             raise InputError(f"{where}: image_id {image!r} is not listed", "Correct the annotation.")
         try:
             boxes[image].append(_annotation(where, item, names))
@@ -82,7 +82,7 @@ def _annotation(where: str, item: dict[str, Any], names: dict[int, str]) -> _Pla
     try:
         category = int(item["category_id"])
         x, y, width, height = (float(value) for value in item["bbox"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         problem = f"{where}: category_id or bbox is malformed ({error!r})"
         raise InputError(problem, "Write bbox as [x, y, width, height].") from error
     if category not in names:
@@ -108,7 +108,7 @@ def _find(root: Path, file: Path, name: str, shown: str) -> Path | None:
 def _looks_like_coco(path: Path) -> bool:
     try:
         content = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(content, dict) and {"images", "annotations", "categories"} <= set(content)
 

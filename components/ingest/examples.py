@@ -56,9 +56,14 @@ def inside(root: Path, path: Path, where: str) -> Path:
     """`path`, resolved, if it lies in `root`.
 
     Raises:
-        InputError: it leads outside, by `..`, an absolute path or a link.
+        InputError: it leads outside, by `..`, an absolute path or a link; or no file can have that name.
     """
-    target = path.resolve()
+    try:
+        path.exists()
+        target = path.resolve()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{where[:200]} is no usable path ({reason})", "Correct that name.") from error
     if not target.is_relative_to(root.resolve()):
         raise InputError(f"{where} leads outside the imported folder", "Keep all images and labels inside it.")
     return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
@@ -99,8 +100,10 @@ def _image(root: Path, file: Path, told: str, shown: str) -> Path | None:
             raise InputError(f"{shown}: filename {name!r} leads outside the imported folder", "Write a plain name.")
         for base in bases:
             # The parent of the set's own folder is not ours to look into.
-            if base.resolve().is_relative_to(root.resolve()) and (base / name).is_file():
-                return inside(root, base / name, f"{shown}: filename {name!r}")
+            if base.resolve().is_relative_to(root.resolve()):
+                path = inside(root, base / name, f"{shown}: filename {name!r}")
+                if path.is_file():
+                    return path
     return None
 
 
@@ -117,4 +120,4 @@ def _splits(root: Path) -> dict[str, str]:
 
 def _whole(tree: ElementTree.Element, path: str) -> int:
     text = (tree.findtext(path) or "").strip()
-    return int(text) if text.isdigit() else 0
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0

@@ -18,7 +18,15 @@ import yaml
 from .dataset import Box
 from .errors import InputError
 
-__all__ = ["IMAGE_SUFFIXES", "YoloData", "label_path", "read_data_yaml", "read_labels", "split_images"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "YoloData",
+    "label_path",
+    "own_label_path",
+    "read_data_yaml",
+    "read_labels",
+    "split_images",
+]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _SPLIT_KEYS = ("train", "val", "test")
@@ -60,15 +68,15 @@ def read_data_yaml(path: Path) -> YoloData:
     file = path / "data.yaml" if path.is_dir() else path
     entry = _load(file)
     home = file.parent.resolve()
-    root = _inside(file, "path", home, str(entry.get("path") or "."), home)
+    root = _inside(file, "path", home, entry.get("path") or ".", home)
     splits = {
-        name: tuple(_inside(file, name, root, str(item), home) for item in _as_list(entry[name]))
+        name: tuple(_inside(file, name, root, item, home) for item in _as_list(entry[name]))
         for name in _SPLIT_KEYS
         if entry.get(name)
     }
     # Roboflow names the second split `valid` in some exports.
     if "val" not in splits and entry.get("valid"):
-        splits["val"] = tuple(_inside(file, "valid", root, str(item), home) for item in _as_list(entry["valid"]))
+        splits["val"] = tuple(_inside(file, "valid", root, item, home) for item in _as_list(entry["valid"]))
     if not splits:
         raise InputError(f"{file} names no split", "Give at least one of train, val and test.")
     return YoloData(file, root, _names(file, entry), splits)
@@ -95,6 +103,18 @@ def split_images(data: YoloData, split: str) -> list[Path]:
     for item in found:
         _check_inside(data.file, str(item), item, data.home)
     return sorted(found)
+
+
+def own_label_path(data: YoloData, image: Path) -> Path:
+    """Where the labels of one of the dataset's images lie, which is never outside its folder.
+
+    Raises:
+        InputError: the label file, or a folder on the way to it, is a link that leads outside.
+    """
+    # Relative to the set: a folder called images above it is none of its business.
+    label = data.home / label_path(image.resolve().relative_to(data.home))
+    _check_inside(data.file, str(label), label, data.home)
+    return label
 
 
 def label_path(image: Path) -> Path:
@@ -153,7 +173,7 @@ def _box(where: str, fields: list[str], names: Sequence[str], width: int, height
 def _load(file: Path) -> dict[str, Any]:
     try:
         entry = yaml.safe_load(_text(file))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{file} is not YAML ({error})", "Correct the file.") from error
     if not isinstance(entry, dict):
         raise InputError(f"{file} holds no mapping", "Give names and at least one of train, val and test.")
@@ -187,13 +207,26 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _inside(file: Path, key: str, base: Path, text: str, home: Path) -> Path:
-    target = (base / text).resolve()
+def _inside(file: Path, key: str, base: Path, text: Any, home: Path) -> Path:
+    # Never made text of: a few aliases in YAML are a list that would fill the memory as text.
+    if not isinstance(text, str):
+        raise InputError(f"{file}: {key} is no path but a {type(text).__name__}", "Write folders or .txt lists.")
+    target = _resolved(file, key, base / text)
     if not target.is_relative_to(home) and text.startswith("../"):
-        beside = (base / text.removeprefix("../")).resolve()
+        beside = _resolved(file, key, base / text.removeprefix("../"))
         target = beside if beside.exists() else target
     _check_inside(file, f"{key}: {text}", target, home)
     return target
+
+
+def _resolved(file: Path, key: str, path: Path) -> Path:
+    """`path` without links; what no file system takes (a NUL, a name too long) or lets us see is an InputError."""
+    try:
+        path.exists()
+        return path.resolve()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{file}: {key} holds a path that cannot be used ({reason})", "Correct the entry.") from error
 
 
 def _check_inside(file: Path, what: str, target: Path, home: Path) -> None:
@@ -208,9 +241,9 @@ def _listed(data: YoloData, entry: Path) -> list[Path]:
             continue
         # Ultralytics reads `./x` against the list's folder, anything else against the dataset's.
         base = entry.parent if line.startswith("./") else data.root
-        image = base / line.strip()
+        image = _resolved(entry, f"line {number}", base / line.strip())
         _check_inside(entry, line.strip(), image, data.home)
         if not image.is_file():
             raise InputError(f"{entry}:{number}: {line.strip()} does not exist", "Remove the line.")
-        images.append(image.resolve())
+        images.append(image)
     return images

@@ -248,6 +248,11 @@ def _coco(change: Callable[[dict], object]) -> Callable[[Path], Path]:
         (_coco(lambda c: c["annotations"][0].update(bbox=[1, 2, 3])), "annotation 1: .*bbox"),
         (_coco(lambda c: c["annotations"][0].update(category_id=77)), "category_id 77"),
         (_coco(lambda c: c["annotations"][0].update(image_id=77)), "image_id 77"),
+        (_coco(lambda c: c["annotations"][0].update(image_id=[1])), r"image_id \[1\] is not listed"),
+        (_coco(lambda c: c["annotations"][0].update(category_id=float("inf"))), "annotation 1: category_id"),
+        (_coco(lambda c: c["images"][0].update(width=float("inf"))), "images or categories are malformed"),
+        (_coco(lambda c: c["images"][0].update(file_name="a\0.jpg")), "no usable path"),
+        (_coco(lambda c: c["images"][0].update(file_name="a" * 5000)), "no usable path .*too long"),
         (_coco(lambda c: c["images"][0].update(file_name="../../secret.jpg")), "secret.jpg.* leads outside"),
         (_coco(lambda c: c["images"][0].update(file_name="/etc/secret.jpg")), "secret.jpg.* leads outside"),
         (_coco(lambda c: c["images"][0].update(file_name="gone.jpg")), "image gone.jpg"),
@@ -363,6 +368,10 @@ def _zip(path: Path, *entries: tuple[str, bytes], link: bool = False) -> Path:
         ([("a\\evil.txt", b"x")], False, "backslashes"),
         ([("link", b"/etc/passwd")], True, "link"),
         ([("A.txt", b"x"), ("a.txt", b"y")], False, "twice"),
+        ([("a", b"x"), ("a/b", b"y")], False, "'a' is both a file and a folder"),
+        ([("a/b/c", b"x"), ("a", b"y")], False, "'a' is both a file and a folder"),
+        ([("n" * 300, b"x")], False, "too long a name"),
+        ([("d/" * 600 + "x", b"x")], False, "too long a name"),
         ([("zeros.bin", bytes(80 * 2**20))], False, "bomb"),
     ],
 )
@@ -373,6 +382,39 @@ def test_a_hostile_zip_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match=named):
         bring(store, tmp_path / "out/o", packed.as_uri())
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["o", "out", "x.zip"]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_zip_is_refused_wherever_the_damage_is(tmp_path: Path, method: int) -> None:
+    with zipfile.ZipFile(tmp_path / "whole.zip", "w", method) as file:
+        file.writestr("a.txt", b"".join(b"%d " % number for number in range(2000)))
+    whole = (tmp_path / "whole.zip").read_bytes()
+    for place in range(30, len(whole) - 100, 97):
+        (tmp_path / "x.zip").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        (tmp_path / f"o{place}").mkdir()
+        with pytest.raises(InputError, match=r"x.zip"):
+            archive.extract(tmp_path / "x.zip", tmp_path / f"o{place}", "x.zip")
+
+
+def test_a_zip_that_lies_of_its_sizes_writes_no_more_than_it_says(tmp_path: Path) -> None:
+    packed = _zip(tmp_path / "x.zip", ("zeros.bin", bytes(2**20)))
+    data = bytearray(packed.read_bytes())
+    size = data.rfind(b"PK\x01\x02") + 24
+    data[size : size + 4] = (10).to_bytes(4, "little")
+    packed.write_bytes(data)
+    (tmp_path / "o").mkdir()
+    with pytest.raises(InputError, match=r"not a sound zip"):
+        archive.extract(packed, tmp_path / "o", "x.zip")
+    assert (tmp_path / "o/zeros.bin").stat().st_size <= 10
+
+
+def test_an_encrypted_zip_is_refused_by_name(tmp_path: Path) -> None:
+    packed = _zip(tmp_path / "x.zip", ("a.txt", b"x"))
+    data = bytearray(packed.read_bytes())
+    data[data.rfind(b"PK\x01\x02") + 8] |= 1
+    packed.write_bytes(data)
+    with pytest.raises(InputError, match=r"'a.txt' is encrypted"):
+        archive.extract(packed, tmp_path, "x.zip")
 
 
 def test_a_zip_with_too_many_entries_or_none_at_all_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from haechi.components.shared.errors import InputError
-from haechi.components.shared.yolo_format import label_path, read_data_yaml, read_labels, split_images
+from haechi.components.shared.yolo_format import label_path, own_label_path, read_data_yaml, read_labels, split_images
 
 NAMES = ("smoke", "fire")
 
@@ -103,12 +103,51 @@ def test_roboflow_writes_a_path_one_folder_too_high(tmp_path: Path) -> None:
         ("[1, 2]", "no mapping"),
         ("a: [", "not YAML"),
         ("train: !!python/object/apply:os.system ['true']\nnames: [a]", "not YAML"),
+        (f"names: {'[' * 20_000}{']' * 20_000}", "not YAML"),
+        ('train: "a\\0b"\nnames: [a]', "train holds a path that cannot be used"),
+        (f"train: {'x' * 5000}\nnames: [a]", "train holds a path that cannot be used .*too long"),
+        ("path: [images]\ntrain: images\nnames: [a]", "path is no path but a list"),
+        ("train: {a: b}\nnames: [a]", "train is no path but a dict"),
     ],
 )
 def test_a_bad_data_yaml_is_told(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(InputError, match=says):
         read_data_yaml(data_yaml(tmp_path / "set", text))
+
+
+def test_aliases_that_grow_a_thousandfold_are_refused_at_once(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 12)]
+    for use in ("path: *a11\ntrain: images", "train: *a11"):
+        with pytest.raises(InputError, match="is no path but a list"):
+            read_data_yaml(data_yaml(tmp_path, "\n".join([*lines, use, "names: [a]"])))
+
+
+def test_a_line_of_a_list_that_no_file_can_be_named_is_told(tmp_path: Path) -> None:
+    for line in ("images/\0.jpg", "x" * 5000):
+        write(tmp_path / "val.txt", f"images/train/a.jpg\n{line}\n")
+        data = read_data_yaml(data_yaml(tmp_path, "val: val.txt\nnames: [a]"))
+        with pytest.raises(InputError, match=r"val.txt: line 2 holds a path that cannot be used"):
+            split_images(data, "val")
+
+
+@pytest.mark.parametrize("link", ["labels", "labels/train", "labels/train/a.txt"])
+def test_labels_reached_by_a_link_are_refused(tmp_path: Path, link: str) -> None:
+    write(tmp_path / "else/train/a.txt", "0 0.5 0.5 0.1 0.1")
+    data = read_data_yaml(data_yaml(tmp_path / "set", "train: images/train\nnames: [a]"))
+    (tmp_path / "set" / link).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "set" / link).symlink_to(tmp_path / "else" / Path(link).relative_to("labels"))
+    with pytest.raises(InputError, match="leads outside"):
+        own_label_path(data, split_images(data, "train")[0])
+
+
+def test_a_folder_called_images_above_the_set_is_none_of_its_business(tmp_path: Path) -> None:
+    file = write(tmp_path / "images/set/data.yaml", "train: .\nnames: [a]")
+    write(tmp_path / "images/set/a.jpg")
+    write(tmp_path / "labels/set/a.txt", "of a neighbour")
+    data = read_data_yaml(file)
+    assert own_label_path(data, split_images(data, "train")[0]) == tmp_path / "images/set/a.txt"
 
 
 def test_images_reached_by_a_link_or_a_list_outside_are_refused(tmp_path: Path) -> None:
