@@ -7,7 +7,7 @@ READY := .venv/ready
 .PHONY: help demo test lint typecheck compile manifests clean
 
 help: ## show this help
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-12s%s\n", $$1, $$2}' Makefile
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -36,4 +36,4 @@ manifests: $(READY) ## check every YAML file, and the compiled objects against t
 	$(BIN)/python -m pytest -q tests/test_manifests.py
 
 clean: ## remove the environment, the working folders and build metadata
-	rm -rf .venv .haechi build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .haechi build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

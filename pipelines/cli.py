@@ -67,10 +67,6 @@ def _report(arguments: Arguments, value: Any, lines: Sequence[str]) -> None:
     sys.stdout.flush()
 
 
-def _no_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add none."""
-
-
 def _workdir_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir", type=Path, default=Path(_DEFAULT_WORKDIR), help="folder for all state (default %(default)s)"
@@ -94,6 +90,7 @@ def _demo(arguments: Arguments) -> int:
 
 
 def _up(arguments: Arguments) -> int:
+    from .servers import CREDENTIALS
     from .services import up
 
     settings = up(arguments.workdir).settings()
@@ -101,17 +98,23 @@ def _up(arguments: Arguments) -> int:
         "workdir": str(arguments.workdir),
         "s3_endpoint": settings.s3_endpoint,
         "mlflow": settings.mlflow_tracking_uri,
+        "bucket": settings.bucket,
+        "credentials": str(arguments.workdir / CREDENTIALS),
     }
-    _report(
-        arguments, value, [f"object store  {settings.s3_endpoint}", f"MLflow        {settings.mlflow_tracking_uri}"]
-    )
+    lines = [
+        f"object store  {settings.s3_endpoint} (bucket {settings.bucket}, keys in {value['credentials']})",
+        f"MLflow        {settings.mlflow_tracking_uri}",
+    ]
+    _report(arguments, value, lines)
     return 0
 
 
 def _down(arguments: Arguments) -> int:
     from .services import down
 
-    down(arguments.workdir)
+    stopped = down(arguments.workdir)
+    lines = ["stopped" if stopped else f"nothing was running in {arguments.workdir}"]
+    _report(arguments, {"workdir": str(arguments.workdir), "stopped": stopped}, lines)
     return 0
 
 
@@ -301,6 +304,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
         "--endpoint", default="", help="V1 URL of a server, such as http://127.0.0.1:8080/v1/models/safety"
     )
     parser.add_argument("--out", type=Path, help="folder for drawn pictures")
+    parser.add_argument("--json", action="store_true", help="changes nothing: the report is JSON in any case")
     parser.add_argument(
         "--conf", type=float, default=None, help="confidence from which boxes count (default: the model's)"
     )
@@ -364,7 +368,7 @@ VERBS: dict[str, Verb] = {
     "up": Verb(
         "start the embedded object store and MLflow, and leave them running", _workdir_argument, _up, reports=True
     ),
-    "down": Verb("stop what `haechi up` started", _workdir_argument, _down),
+    "down": Verb("stop what `haechi up` started", _workdir_argument, _down, reports=True),
     "run": Verb("run the training pipeline on this machine", _run_arguments, _run, reports=True),
     "compile": Verb("compile the pipeline to IR and Kubernetes objects", _compile_arguments, _compile),
     "submit": Verb("start a run on Kubeflow Pipelines", _submit_arguments, _submit, reports=True),

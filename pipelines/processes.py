@@ -24,7 +24,7 @@ _LINUX: bool = sys.platform == "linux"
 class ServiceError(HaechiError):
     """An embedded service or a child process did not come up, or went away."""
 
-    exit_code = 10
+    exit_code = 14
     http_status = 503
 
 

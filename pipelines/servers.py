@@ -27,9 +27,10 @@ from haechi.components.shared.storage import Store
 
 from .processes import GuardedProcess, ServiceError, tail
 
-__all__ = ["GRACE", "ObjectStoreService", "Server", "TrackingService", "answers", "free_ports"]
+__all__ = ["CREDENTIALS", "GRACE", "ObjectStoreService", "Server", "TrackingService", "answers", "free_ports"]
 
 BUCKET = "haechi"
+CREDENTIALS = "credentials.json"  # in the work folder: access_key, secret_key
 GRACE = 2.0  # SeaweedFS takes up to 25 s to leave by itself; what it has acknowledged is on disk (a test kills it)
 _GRPC = 10_000  # SeaweedFS puts each gRPC port this far above its HTTP port
 _ATTEMPTS = 3
@@ -163,7 +164,7 @@ class ObjectStoreService(Server):
         return command, env, sockets
 
     def _credentials(self) -> dict[str, str]:
-        path = self.workdir / "credentials.json"
+        path = self.workdir / CREDENTIALS
         if not path.is_file():
             _write_private(path, {"access_key": secrets.token_hex(10), "secret_key": secrets.token_hex(20)})
         keys: dict[str, str] = read_json(path)

@@ -5,6 +5,8 @@ from typing import Dict, List
 from kfp import dsl
 from kfp.dsl import Artifact, Dataset, Input, Output
 
+__all__ = ["build"]
+
 
 @dsl.component(base_image="haechi/steps:0.1.0", install_kfp_package=False)
 def build(

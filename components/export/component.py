@@ -5,6 +5,8 @@ from typing import List
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Model, Output
 
+__all__ = ["export"]
+
 
 @dsl.component(base_image="haechi/train:0.1.0", install_kfp_package=False)
 def export(

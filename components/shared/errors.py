@@ -84,7 +84,7 @@ class ModelError(HaechiError):
 class OverloadError(HaechiError):
     """The server has as many requests waiting as it may hold; nothing is wrong with this one."""
 
-    exit_code = 10
+    exit_code = 13
     http_status = 503
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from haechi.components.shared import errors
+from haechi.pipelines import local_run, processes, submitting  # noqa: F401 - each adds its own error
 from haechi.pipelines.cli import VERBS, main
 
 HAECHI = Path(sys.executable).with_name("haechi")
@@ -65,6 +67,12 @@ def test_an_error_names_the_thing_and_has_its_exit_code(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_kinds_of_error_are_told_apart_by_their_exit_code() -> None:
+    kinds = [*errors.HaechiError.__subclasses__(), errors.HaechiError]
+    ours = {kind for kind in kinds if kind.__module__.startswith("haechi.")} - {errors.SettingsError}
+    assert len({kind.exit_code for kind in ours}) == len(ours)
+
+
 def test_a_word_that_is_no_verb_is_a_usage_error() -> None:
     with pytest.raises(SystemExit) as stop:
         main(["fly"])
@@ -99,6 +107,7 @@ def test_up_then_review_list_then_down(tmp_path: Path) -> None:
     try:
         assert up.returncode == 0, up.stderr
         report = json.loads(up.stdout)
+        assert set(json.loads(Path(report["credentials"]).read_text())) == {"access_key", "secret_key"}
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", report["s3_endpoint"])
         listed = haechi("review", "list", "--workdir", str(tmp_path), "--json")
         assert (listed.returncode, json.loads(listed.stdout)) == (0, [])
@@ -109,4 +118,5 @@ def test_up_then_review_list_then_down(tmp_path: Path) -> None:
         started = time.monotonic()
         assert haechi("down", "--workdir", str(tmp_path)).returncode == 0
         assert time.monotonic() - started < 30
-    assert haechi("down", "--workdir", str(tmp_path)).returncode == 0
+    again = haechi("down", "--workdir", str(tmp_path))
+    assert (again.returncode, again.stdout) == (0, f"nothing was running in {tmp_path}\n")

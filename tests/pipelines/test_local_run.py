@@ -74,7 +74,7 @@ def _copy_some(
 
 @pytest.fixture
 def real_parameters(realdata: Path, tmp_path: Path) -> dict[str, Any]:
-    """A small version of the run on real data that docs/realdata.md describes."""
+    """A small version of a run on all the real data: two labelled sets, a camera's frames, COCO weights."""
     from haechi.components.export.step import export_checkpoint
 
     data = tmp_path / "data"
