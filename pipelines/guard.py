@@ -7,7 +7,8 @@ orphans of the family fall to the guard (PR_SET_CHILD_SUBREAPER), and the child 
 killed (PR_SET_PDEATHSIG).
 
 The argument: `command` (list), `log` (file to append to, or "" to inherit), `grace` (seconds from SIGTERM to SIGKILL),
-`detach` (true: be no child of the owner, and let it say `stay`), `remove` (files to delete at the end).
+`detach` (true: be no child of the owner, and let it say `stay`), `remove` (files to delete at the end), `folder` (where
+the child starts; "" for where the owner is).
 The guard writes one JSON line `{"guard": pid, "child": pid}` to its standard output once the child runs. An owner that has
 noted these may write `stay` to the guard's standard input: from then on the child outlives its owner.
 """
@@ -44,7 +45,7 @@ def main(order: dict[str, Any]) -> NoReturn:
     for number in (*_STOPPING, signal.SIGCHLD):
         signal.signal(number, _ring)
     spare = _open_streams(order["log"])
-    child = _start(order["command"], spare)
+    child = _start(order["command"], spare, order["folder"])
     os.write(1, json.dumps({"guard": os.getpid(), "child": child}).encode() + b"\n")
     _release_streams(1)
     status = _watch(child, wake)
@@ -70,7 +71,7 @@ def _open_streams(log: str) -> int:
     return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
 
-def _start(command: list[str], output: int) -> int:
+def _start(command: list[str], output: int, folder: str) -> int:
     child = os.fork()
     if child:
         with contextlib.suppress(OSError):  # both sides set it: whichever runs first
@@ -86,6 +87,8 @@ def _start(command: list[str], output: int) -> int:
         os.dup2(null, 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        if folder:
+            os.chdir(folder)
         os.execvp(command[0], command)  # noqa: S606 - the owner chose the command
     except OSError as error:
         os.write(2, f"cannot start {command[0]}: {error}\n".encode())

@@ -75,6 +75,7 @@ class GuardedProcess:
         grace: seconds between SIGTERM and SIGKILL when it is stopped.
         detached: be no child of ours, so that `keep` can let it outlive us.
         remove: files to delete once it has ended.
+        folder: where it starts; None for our own working directory.
 
     Raises:
         ServiceError: the guard could not start it.
@@ -88,11 +89,13 @@ class GuardedProcess:
         grace: float = 2.0,
         detached: bool = False,
         remove: Sequence[str] = (),
+        folder: Path | None = None,
     ) -> None:
         order = {"command": list(command), "log": str(log or ""), "grace": grace, "detach": detached}
+        order |= {"remove": list(remove), "folder": str(folder or "")}
         self._grace = grace
         self._guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_GUARD), json.dumps({**order, "remove": list(remove)})],
+            [sys.executable, "-I", "-S", str(_GUARD), json.dumps(order)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=dict(env),

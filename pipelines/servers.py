@@ -67,7 +67,8 @@ class Server:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(1, _ATTEMPTS + 1):
             command, env, remove = self._prepare()
-            self._process = GuardedProcess(command, self.log, env, GRACE, self._detached, remove)
+            # There, so that the command need not name it: SeaweedFS takes a comma in a path, SQLAlchemy ? and % for more.
+            self._process = GuardedProcess(command, self.log, env, GRACE, self._detached, remove, self.workdir)
             try:
                 if self._wait_ready():
                     return
@@ -152,9 +153,17 @@ class ObjectStoreService(Server):
         ports = {"master.port": master, "volume.port": volume, "filer.port": filer, "s3.port": self.port}
         # Free ports change from start to start, so the master must not remember its old address: it learns the volumes
         # anew from their heartbeats. One volume a bucket, grown on demand, keeps a laptop's disk small.
-        command = [_weed(), "-logtostderr=true", "server", "-s3", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+        command = [
+            _weed(),
+            "-logtostderr=true",
+            "server",
+            "-s3",
+            f"-dir={data.name}",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+        ]
         command += [f"-{name}={port}" for name, port in ports.items()]
-        command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false", f"-s3.config={config}"]
+        command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false", f"-s3.config={config.name}"]
         # A number, not 0: SeaweedFS would allow free disk / 1 GiB volumes, and a small disk soon has no room for a bucket.
         command += ["-volume.max=10000", "-master.volumeSizeLimitMB=1024", "-master.resumeState=false"]
         env = {**os.environ, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1", "HOME": str(data)}
@@ -204,9 +213,10 @@ class TrackingService(Server):
         folder = self.workdir / "mlflow"
         folder.mkdir(exist_ok=True)
         (self.port,) = free_ports(1)
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
-        command += ["--artifacts-destination", str(folder / "artifacts")]
+        # -P: no file of the user's own counts as a module.
+        command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder.name}/mlflow.db"]
+        command += ["--artifacts-destination", f"{folder.name}/artifacts"]
         env = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "HAECHI_"))}
         env |= {
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # else 15 processes and 2.4 GB

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from haechi.components.shared.errors import InputError
+from haechi.components.shared.errors import InputError, StorageError
 from haechi.components.shared.files import read_json, write_json
 from haechi.components.shared.progress import say
 from haechi.components.shared.settings import Settings
@@ -131,10 +131,17 @@ class FolderLock:
 
     Raises:
         ServiceError: another process holds it.
+        StorageError: the file cannot be made or opened.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a")
+        try:
+            self._file = path.open("a")
+        except OSError as error:
+            raise StorageError(
+                f"cannot use {path}: {error.strerror}",
+                "Name a folder that this user can write to with --workdir.",
+            ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

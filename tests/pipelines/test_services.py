@@ -23,14 +23,16 @@ from haechi.pipelines.services import ObjectStoreService, TrackingService, down,
 
 
 def processes_of(workdir: Path) -> list[str]:
-    """Command lines of living processes that name the folder."""
+    """Command lines of living processes that name the folder or work in it."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            place = (entry / "cwd").readlink()
         except OSError:
             continue
-        if str(workdir) in line and int(entry.name) != os.getpid():
+        named = str(workdir) in line or place.is_relative_to(workdir)
+        if named and int(entry.name) != os.getpid():
             found.append(f"{entry.name} {line}")
     return found
 
@@ -99,6 +101,24 @@ def test_mlflow_keeps_an_experiment_over_a_restart_and_leaves_no_worker(tmp_path
     with TrackingService(tmp_path) as service:
         found = MlflowClient(service.uri).get_experiment_by_name("kept")
         assert found is not None and found.experiment_id == number
+
+
+def test_a_folder_may_have_any_name_and_nothing_is_written_beside_it(tmp_path: Path) -> None:
+    workdir = tmp_path / "a b,c é%20#x?y=1&[z]'\"" / ("long" * 60)
+    with services(workdir) as used:
+        Store(used.settings()).put("frames/a", b"1")
+        assert Store(used.settings()).get("frames/a") == b"1"
+        assert (workdir / "mlflow/mlflow.db").is_file()
+        assert any((workdir / "seaweedfs").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [workdir.parent.name]
+    assert [path.name for path in workdir.parent.iterdir()] == [workdir.name]
+    assert processes_of(tmp_path) == []
+
+
+def test_a_lock_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".services.lock").mkdir()
+    with pytest.raises(StorageError, match=r"cannot use .*services.lock"), services(tmp_path):
+        pass
 
 
 def test_up_stays_after_its_process_and_down_ends_it(tmp_path: Path) -> None:
