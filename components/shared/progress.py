@@ -43,4 +43,5 @@ class Progress:
     def _say(self) -> None:
         seconds = max(1e-9, time.monotonic() - self._start)
         of = f" of {self.total}" if self.total else ""
-        say(f"{self.done}{of} {self.what} ({self.done / seconds:.0f}/s)")
+        rate = self.done / seconds
+        say(f"{self.done}{of} {self.what} ({rate:.{0 if rate >= 10 else 1}f}/s)")

@@ -24,7 +24,7 @@ from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_KEYS, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from ..shared.errors import TrainError
-from ..shared.progress import say
+from ..shared.progress import Progress, say
 from ..shared.settings import Settings
 from ..shared.yolo import tame
 from .coverage import CoverageDataset, CoverageValidator, coverage_criterion, read_covers
@@ -160,6 +160,7 @@ class FlywheelTrainer(DetectionTrainer):
         super()._model_train()
         self._pending = self._batch = 0
         self._epoch_start = time.monotonic()
+        self._progress = Progress(f"batches of epoch {self.epoch + 1}", len(self.train_loader), every=20.0)
         seed = int(np.random.SeedSequence([self.plan.seed, self.epoch, RANK + 1]).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
@@ -173,6 +174,7 @@ class FlywheelTrainer(DetectionTrainer):
         """Step once enough batches are gathered, and at the end of the epoch, so that no gradient is carried over."""
         self._pending += 1
         self._batch += 1
+        self._progress.step()
         if self._pending < self._accumulation() and self._batch < len(self.train_loader):
             return
         self._pending = 0
