@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ NAME = "safety"
 # From low on: a young champion misses much, and what it overlooks would be learnt as background.
 _BANDS = {"default": [0.1, 0.6]}
 
+# A test of some forty frames: fewer boxes than a real gate asks for, and wider margins.
+_GATE = {"min_boxes": 10, "min_groups": 5, "floors": {"default": 0.3}, "noninferiority": 0.05, "max_class_drop": 0.1}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -27,6 +30,7 @@ class Plan:
         bursts, frames: of round 2's raw frames, a camera and a burst.
         epochs, warm_epochs: of the trainings from scratch in round 1, and from the champion in round 2.
         imgsz, batch: of every training.
+        gate: what a model must show to be promoted.
     """
 
     seed: int = 7
@@ -37,6 +41,7 @@ class Plan:
     warm_epochs: int = 5
     imgsz: int = 160
     batch: int = 8
+    gate: dict[str, Any] = field(default_factory=lambda: dict(_GATE))
 
     def __post_init__(self) -> None:
         for name in ("labelled", "bursts", "frames", "epochs", "warm_epochs", "batch"):
@@ -75,13 +80,7 @@ class Plan:
             "review_limit": 500,
             "ratios": {"val": 0.15, "test": 0.2},
             "thresholds": {"default": 0.25},
-            "gate": {
-                "min_boxes": 10,
-                "min_groups": 5,
-                "floors": {"default": 0.3},
-                "noninferiority": 0.05,
-                "max_class_drop": 0.1,
-            },
+            "gate": dict(self.gate),
             "target": target,
             "seed": self.seed,
             "device": "cpu",

@@ -117,7 +117,7 @@ def _bar_chart(bars: Sequence[tuple[str, float | None, str]]) -> str:
         width = 150 * (value or 0.0)
         rows.append(
             f'<text class="label" x="0" y="{y + 15}">{escape(name)}</text>'
-            f'<rect x="135" y="{y}" width="{width:.1f}" height="20" fill="{colour}"/>'
+            f'<rect x="135" y="{y}" width="{width:.1f}" height="20" style="fill:{colour}"/>'
             f'<text class="label" x="{140 + width:.1f}" y="{y + 15}">{"–" if value is None else f"{value:.3f}"}</text>'
         )
     return f'<svg viewBox="0 0 340 {16 + 30 * len(bars)}" role="img">{"".join(rows)}</svg>'

@@ -33,7 +33,9 @@ from haechi.pipelines.demo.world import CLASSES, RawFrame, draw_raw
 from haechi.pipelines.parameters import check
 from haechi.pipelines.processes import ServiceError
 
-SMALL = Plan(labelled=60, bursts=2, frames=2, epochs=2, warm_epochs=1, imgsz=96, batch=8)
+# Too small to learn anything: only a gate that asks for nothing lets round 1's model become the champion of round 2.
+LENIENT = {"min_boxes": 1, "min_groups": 1}
+SMALL = Plan(labelled=60, bursts=2, frames=2, epochs=2, warm_epochs=1, imgsz=96, batch=8, gate=LENIENT)
 
 
 def alive(workdir: Path) -> list[str]:
@@ -87,6 +89,10 @@ def test_two_rounds_end_in_a_summary_a_report_and_no_process(
         == second["ingest"]["accepted"]
     )
     assert second["label"]["reviewed"] == second["label"]["review"]
+    assert first["verdict"]["decision"] == "promote"
+    assert second["label"]["teacher"] == first["deployed"]["version"]
+    assert [item["status"] for item in second["candidates"]] == ["ok", "ok"], "both went on from the champion"
+    assert second["verdict"]["champion"] is not None
     _check_prediction(summary)
     told = capsys.readouterr().out
     assert "round 1" in told and "verdict" in told and str(workdir / "report.html") in told
@@ -108,12 +114,9 @@ def _check_round(item: dict[str, Any]) -> None:
 
 
 def _check_prediction(summary: dict[str, Any]) -> None:
-    champion = summary["rounds"][-1]["deployed"]
-    if champion is None:
-        assert summary["prediction"] is None
-    else:
-        assert summary["prediction"]["version"] == champion["version"]
-        assert summary["prediction"]["truth"]
+    assert summary["prediction"]["version"] == summary["rounds"][-1]["deployed"]["version"]
+    assert summary["prediction"]["url"].endswith(f"/v1/models/{NAME}:predict")
+    assert summary["prediction"]["truth"]
 
 
 def _check_page(page: str) -> None:
@@ -128,14 +131,14 @@ def _check_page(page: str) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -15), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_demo_that_is_stopped_in_a_step_leaves_no_process(tmp_path: Path, number: int, status: int) -> None:
     workdir = tmp_path / "demo"
-    with subprocess.Popen(
-        [sys.executable, "-m", "haechi.pipelines.cli", "demo", "--workdir", str(workdir)],
-        stdout=subprocess.DEVNULL,
-        stderr=(tmp_path / "err").open("w"),
-    ) as process:
+    command = [sys.executable, "-m", "haechi.pipelines.cli", "demo", "--workdir", str(workdir)]
+    with (
+        (tmp_path / "err").open("w") as errors,
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors) as process,
+    ):
         _wait_for_step(workdir, process)
         assert len(alive(workdir)) >= 5
         process.send_signal(number)
