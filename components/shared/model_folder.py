@@ -9,6 +9,7 @@ The folder is the artifact `onnx_model`, the object prefix `models/<name>/<versi
 from __future__ import annotations
 
 import fcntl
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -41,6 +42,14 @@ __all__ = [
 FORMAT_VERSION = 1
 GOLDEN_CONF = 0.1  # low enough that a weak first model has golden boxes too
 _IOU = 0.7
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_MAX_IMGSZ = 16_384
+_KINDS: dict[Any, tuple[str, ...]] = {
+    str: ("name", "version", "onnx_sha256", "checkpoint_sha256", "dataset_digest", "run_id", "created_at", "licence"),
+    int: ("imgsz", "stride", "golden", "format_version"),
+    (int, float): ("iou",),
+    dict: ("thresholds", "training", "metrics"),
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,7 @@ class ModelFolder:
             entry["classes"] = tuple(entry["classes"])
             model = cls(**entry)
             model._check()
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise ModelError(
                 f"{folder} is not a model folder: model.json cannot be read ({error})",
                 "Make one with `haechi export --checkpoint best.pt --out DIR`.",
@@ -128,7 +137,22 @@ class ModelFolder:
         return model
 
     def _check(self) -> None:
-        """Raise a ValueError that names the field which contradicts another."""
+        """Raise a ValueError that names the field which is of another kind or contradicts another."""
+        for kind, names in _KINDS.items():
+            for field_name in names:
+                value = getattr(self, field_name)
+                if not isinstance(value, kind) or isinstance(value, bool):
+                    raise ValueError(f"{field_name} is of another kind: {str(value)[:80]!r}")
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"name {self.name[:80]!r} is not kebab-case")
+        if not 0 < self.stride <= self.imgsz <= _MAX_IMGSZ or self.imgsz % self.stride:
+            raise ValueError(f"imgsz {self.imgsz} is no multiple of stride {self.stride} up to {_MAX_IMGSZ}")
+        if not 0 < self.iou <= 1:
+            raise ValueError(f"iou {self.iou} is not above 0 and up to 1")
+        if self.golden < 0:
+            raise ValueError(f"golden is {self.golden}")
+        if not all(isinstance(name, str) for name in self.classes):
+            raise ValueError("classes are not all names")
         if not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError(f"classes {list(self.classes)} are none or not distinct")
         wrong = [name for name in self.classes if not 0 <= self.thresholds.get(name, -1) <= 1]
@@ -168,7 +192,7 @@ def read_golden(folder: Path) -> list[GoldenImage]:
             GoldenImage(row["file"], (folder / "golden" / Path(row["file"]).name).read_bytes(), from_rows(row["boxes"]))
             for row in read_json(path)["images"]
         ]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise IntegrityError(
             f"the golden images of {folder} cannot be read ({error})", "Fetch the folder again."
         ) from error
@@ -259,6 +283,7 @@ def _fetch_from_store(store: Store | None, uri: str, cache: Path) -> Path:
     prefix = key.strip("/")
     if not prefix or any(part in ("", ".", "..") for part in prefix.split("/")):
         raise InputError(f"{uri!r} is not a model folder's address", "Write s3://<bucket>/models/<name>/<version>/.")
+    source = store.for_bucket(bucket)  # refuses what is no bucket's name, before that is made a path of
     target = cache / bucket / prefix
     with _locked(target):
         try:
@@ -266,7 +291,6 @@ def _fetch_from_store(store: Store | None, uri: str, cache: Path) -> Path:
             return target
         except (ModelError, IntegrityError):
             pass  # not fetched yet, or damaged on this disk: fetch it (again)
-        source = store.for_bucket(bucket)
         if not source.exists(f"{prefix}/model.json"):
             raise ModelError(f"{uri} is not a model folder: it has no model.json", "Check the name and the version.")
         with atomic_folder(target) as partial:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from tiny_models import tiny_model_folder
 
 from haechi.components.shared.errors import HaechiError, InputError, IntegrityError, ModelError, SettingsError
-from haechi.components.shared.model_folder import ModelFolder, fetch_model
+from haechi.components.shared.model_folder import ModelFolder, fetch_model, read_golden
 from haechi.components.shared.storage import Store
 
 PREFIX = "models/tiny/1/"
@@ -82,6 +83,7 @@ def test_a_folder_of_another_bucket_is_found(store: Store, folder: Path, tmp_pat
         ("s3://{bucket}/models/tiny/none/", ModelError, "models/tiny/none"),
         ("s3://{bucket}/", InputError, "s3://"),
         ("s3://{bucket}/models/../../x/", InputError, "models/../../x"),
+        ("s3://../models/x/", InputError, "'..' is no bucket name"),
     ],
 )
 def test_unusable_addresses_are_named(
@@ -91,8 +93,64 @@ def test_unusable_addresses_are_named(
         fetch_model(store, address.format(bucket=store.bucket), tmp_path / "cache")
     assert named in str(caught.value)
     assert caught.value.remedy
+    assert not (tmp_path / "models").exists(), "nothing is written beside the cache"
 
 
 def test_a_stored_folder_without_a_store_is_a_missing_setting(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="HAECHI_S3_ENDPOINT"):
         fetch_model(None, "s3://bucket/models/tiny/1/", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        ({"name": "../../x"}, "name '../../x'"),
+        ({"name": 3}, "name is of another kind"),
+        ({"imgsz": 32_000_000}, "imgsz 32000000"),
+        ({"imgsz": "320"}, "imgsz is of another kind"),
+        ({"imgsz": 100}, "imgsz 100"),
+        ({"stride": 0}, "stride 0"),
+        ({"iou": "x"}, "iou is of another kind"),
+        ({"iou": float("nan")}, "iou nan"),
+        ({"golden": -1}, "golden is -1"),
+        ({"classes": [1]}, "classes are not all names"),
+        ({"thresholds": [1]}, "thresholds is of another kind"),
+        ({"thresholds": {"person": "x"}}, "not supported"),
+        ({"version": "0" * 12}, "version 000000000000"),
+    ],
+)
+def test_a_description_that_cannot_be_is_named(folder: Path, entry: dict[str, object], named: str) -> None:
+    file = folder / "model.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entry))
+    with pytest.raises(ModelError) as caught:
+        ModelFolder.load(folder)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "\0", "[]", '{"name":' + "9" * 5000 + "}"])
+def test_a_description_that_is_none_is_named(folder: Path, text: str) -> None:
+    (folder / "model.json").write_text(text)
+    with pytest.raises(ModelError, match="is not a model folder"):
+        ModelFolder.load(folder)
+
+
+@pytest.mark.parametrize("name", ["../../model.json", "/etc/hostname", "..", "", "a\0b", "x" * 999])
+def test_golden_images_are_read_from_their_own_folder_only(folder: Path, name: str) -> None:
+    file = folder / "golden" / "golden.json"
+    told = json.loads(file.read_text())
+    told["images"][0]["file"] = name
+    file.write_text(json.dumps(told))
+    with pytest.raises(IntegrityError, match=r"golden images of .* cannot be read"):
+        read_golden(folder)
+
+
+@pytest.mark.parametrize("boxes", ["abc", 3, [{"box": [1, 2, 3], "score": 1, "class_id": 0}], [{"class_id": 10**30}]])
+def test_golden_boxes_that_are_none_are_named(folder: Path, boxes: object) -> None:
+    file = folder / "golden" / "golden.json"
+    told = json.loads(file.read_text())
+    if isinstance(boxes, list):
+        boxes = [{"box": [1, 2, 3, 4], "score": 1} | box for box in boxes]
+    told["images"][0]["boxes"] = boxes
+    file.write_text(json.dumps(told))
+    with pytest.raises(IntegrityError, match=r"golden images of .* cannot be read"):
+        read_golden(folder)
