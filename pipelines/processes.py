@@ -98,7 +98,8 @@ class GuardedProcess:
             [sys.executable, "-I", "-S", str(_GUARD), json.dumps(order)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=dict(env),
+            # No file of the folder that we happen to run in counts as a module, in the child or in its own children.
+            env={**env, "PYTHONSAFEPATH": "1"},
             start_new_session=True,
         )
         assert self._guard.stdout is not None  # noqa: S101 - PIPE above
@@ -107,6 +108,8 @@ class GuardedProcess:
         if detached:
             self._guard.wait()
         if not line:
+            self._close()
+            self._guard.wait()
             raise ServiceError(f"{command[0]} could not be started", "Look at the messages above.")
         pids = json.loads(line)
         self.guard = ProcessId.of(pids["guard"])

@@ -213,8 +213,7 @@ class TrackingService(Server):
         folder = self.workdir / "mlflow"
         folder.mkdir(exist_ok=True)
         (self.port,) = free_ports(1)
-        # -P: no file of the user's own counts as a module.
-        command = [sys.executable, "-P", "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder.name}/mlflow.db"]
         command += ["--artifacts-destination", f"{folder.name}/artifacts"]
         env = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "HAECHI_"))}

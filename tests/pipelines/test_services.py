@@ -219,6 +219,15 @@ def test_the_guard_removes_what_it_was_told(tmp_path: Path) -> None:
     assert not left.exists()
 
 
+def test_a_file_in_the_working_directory_is_no_module_of_a_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "http.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    process = GuardedProcess([sys.executable, "-m", "urllib.request"], tmp_path / "log", dict(os.environ))
+    assert process.wait(30) == 0
+
+
 def test_a_process_is_known_by_pid_and_start(sleeper: subprocess.Popen[bytes]) -> None:
     identity = ProcessId.of(sleeper.pid)
     assert identity.alive()
