@@ -154,7 +154,7 @@ def _run(arguments: Arguments) -> int:
     verdict = json.loads((result.artifact("verdict") / "verdict.json").read_text(encoding="utf-8"))
     value["verdict"] = verdict
     lines = [f"decision  {result.decision}", *[f"          {reason}" for reason in verdict["reasons"]]]
-    lines += [f"report    {result.artifact('report')}", f"run       {result.folder}"]
+    lines += [f"report    {result.folder / 'report.html'}", f"run       {result.folder}"]
     _report(arguments, value, lines)
     return 0
 

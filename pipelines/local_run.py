@@ -20,7 +20,7 @@ from typing import Any
 
 from haechi.components.shared import errors
 from haechi.components.shared.errors import HaechiError
-from haechi.components.shared.files import read_json, write_json
+from haechi.components.shared.files import read_json, write_bytes, write_json
 from haechi.components.shared.progress import say
 from haechi.components.shared.settings import Settings
 
@@ -42,7 +42,7 @@ class RunResult:
 
     Attributes:
         decision: `promote`, `refuse` or `not_enough_data`.
-        folder: the run's folder, with `log.txt` and `artifacts/`.
+        folder: the run's folder, with `log.txt`, `report.html` and `artifacts/`.
         artifacts: artifact name → paths, in the order of the tasks (several `checkpoint`s, one of the others).
         seconds: task name → seconds.
     """
@@ -95,7 +95,10 @@ def run_training(
         shutil.rmtree(scratch, ignore_errors=True)
     if status != 0 or not (folder / "result.json").is_file():
         raise events.failure(log)
-    return RunResult(read_json(folder / "result.json")["decision"], folder, _artifacts(folder), events.seconds)
+    result = RunResult(read_json(folder / "result.json")["decision"], folder, _artifacts(folder), events.seconds)
+    # The artifact has no suffix, and a browser shows such a file as text.
+    write_bytes(folder / "report.html", result.artifact("report").read_bytes())
+    return result
 
 
 class _Events:

@@ -99,14 +99,19 @@ def check_allows(verdict: Verdict, champion: str, folder: Path) -> None:
             "Evaluate against the champion that resolve pinned.",
         )
     try:
-        proven = read_json(folder / "parity.json")["ok"] is True
+        proven = read_json(folder / "parity.json")["ok"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DeployRefused(
             f"{folder}/parity.json cannot be read ({type(error).__name__}), so nothing proves the export",
             "Export the checkpoint again.",
         ) from error
-    if not proven:
+    if proven is None:
+        raise DeployRefused(
+            f"{folder}/parity.json compares no image, so nothing proves the export",
+            "Export again with golden_images of at least 1 and frames in val.",
+        )
+    if proven is not True:
         raise DeployRefused(
             f"{folder}/parity.json says that checkpoint and ONNX model give different boxes",
-            "Look at its figures, and export again with another opset or without simplification.",
+            "Look at its figures, and export the checkpoint again.",
         )

@@ -229,6 +229,7 @@ def test_the_same_graph_trained_again_is_the_same_model(world: World) -> None:
         ("verdict/verdict.json", None, InputError, "is not a verdict"),
         ("verdict/scorecard.json", None, InputError, "is not a verdict"),
         ("onnx_model/parity.json", {"ok": False}, DeployRefused, "give different boxes"),
+        ("onnx_model/parity.json", {"ok": None}, DeployRefused, "compares no image"),
         ("onnx_model/parity.json", None, DeployRefused, "nothing proves the export"),
         ("onnx_model/model.json", {"name": "another"}, InputError, "is of 'another', not of"),
         ("onnx_model/model.json", {"checkpoint_sha256": "0" * 64}, IntegrityError, "checkpoint.pt is not the file"),

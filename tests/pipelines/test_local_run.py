@@ -124,6 +124,7 @@ def test_real_frames_go_from_folders_to_a_deployed_model(
     parity = json.loads((result.artifact("onnx_model") / "parity.json").read_text())
     assert parity["ok"] is True
     assert parity["images"] > 0
+    assert (result.folder / "report.html").read_text() == result.artifact("report").read_text()
     assert result.decision in ("promote", "refuse", "not_enough_data")
     verdict = json.loads((result.artifact("verdict") / "verdict.json").read_text())
     assert verdict["decision"] == result.decision
