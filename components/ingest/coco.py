@@ -60,12 +60,13 @@ def _parse_file(root: Path, file: Path) -> Parsed:
             notes["crowd regions"] += 1
             continue
         image = item.get("image_id") if isinstance(item, dict) else None
-        if not isinstance(image, int | float | str) or image not in images:
+        if not isinstance(image, int | float) or image not in images:
             raise InputError(f"{where}: image_id {image!r} is not listed", "Correct the annotation.")
+        number = int(image)  # JSON may write it as 7.0
         try:
-            boxes[image].append(_annotation(where, item, names))
+            boxes[number].append(_annotation(where, item, names))
         except InputError as error:
-            faults.setdefault(image, error)
+            faults.setdefault(number, error)
     whole = Parsed(tuple(names.values()), [], notes=notes)
     for image, (name, size) in images.items():
         path = _find(root, file, name, shown)
