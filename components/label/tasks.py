@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -37,6 +38,8 @@ __all__ = [
 QUEUE = "review/queue/"
 ANSWERS = "review/answers/"
 FORMAT_VERSION = 1
+_MAX_TEXT = 4096
+_NUMBERS = ("x1", "y1", "x2", "y2", "score")
 
 _Object = TypeVar("_Object")
 
@@ -191,7 +194,7 @@ def _parsed(where: str, data: bytes, parse: Callable[[dict[str, Any]], _Object])
         if entry["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format_version is {entry['format_version']!r}, not {FORMAT_VERSION}")
         return parse(entry)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise IntegrityError(
             f"{where} is not a review object ({type(error).__name__}: {error})",
             "Answer that frame again with `haechi review answer`, or remove the object.",
@@ -201,11 +204,11 @@ def _parsed(where: str, data: bytes, parse: Callable[[dict[str, Any]], _Object])
 def _task(entry: dict[str, Any]) -> ReviewTask:
     return ReviewTask(
         frame=_frame(entry["frame"]),
-        classes=tuple(entry["classes"]),
-        proposals=tuple(Box(**box) for box in entry["proposals"]),
-        covers=tuple(entry["covers"]),
-        teacher=entry["teacher"],
-        reason=entry["reason"],
+        classes=_names(entry["classes"]),
+        proposals=tuple(_box(box) for box in entry["proposals"]),
+        covers=_names(entry["covers"]),
+        teacher=_text(entry["teacher"]),
+        reason=_text(entry["reason"]),
         priority=float(entry["priority"]),
         queued_at=datetime.fromisoformat(entry["queued_at"]),
     )
@@ -214,12 +217,33 @@ def _task(entry: dict[str, Any]) -> ReviewTask:
 def _answer(entry: dict[str, Any]) -> ReviewAnswer:
     return ReviewAnswer(
         frame=_frame(entry["frame"]),
-        boxes=tuple(Box(**box) for box in entry["boxes"]),
-        covers=tuple(entry["covers"]),
-        reviewer=entry["reviewer"],
+        boxes=tuple(_box(box) for box in entry["boxes"]),
+        covers=_names(entry["covers"]),
+        reviewer=_text(entry["reviewer"]),
         answered_at=to_millis(datetime.fromisoformat(entry["answered_at"])),
-        teacher=entry["teacher"],
+        teacher=_text(entry["teacher"]),
     )
+
+
+def _text(value: Any) -> str:
+    # Anyone who may answer writes these objects: what is no text or number would only break the table of the export.
+    if not isinstance(value, str) or len(value) > _MAX_TEXT:
+        raise ValueError(f"{str(value)[:40]!r} is not a text of at most {_MAX_TEXT} characters")
+    return value
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{str(value)[:40]!r} is not a list of names")
+    return tuple(_text(name) for name in value)
+
+
+def _box(entry: dict[str, Any]) -> Box:
+    texts = {name: _text(value) for name, value in entry.items() if name not in _NUMBERS}
+    numbers = {name: float(entry[name]) for name in _NUMBERS if name in entry}
+    if not all(math.isfinite(value) for value in numbers.values()):
+        raise ValueError(f"the box {numbers} has a number that is not finite")
+    return Box(**texts, **numbers)  # type: ignore[arg-type]
 
 
 def _frame(entry: dict[str, Any]) -> Frame:
@@ -229,4 +253,11 @@ def _frame(entry: dict[str, Any]) -> Frame:
         "thumb": base64.b64decode(entry["thumb"], validate=True),
         "captured_at": datetime.fromisoformat(taken) if taken else None,
     }
-    return Frame(**plain)
+    frame = Frame(**plain)
+    for name in ("sha256", "ext", "key", "source", "camera", "sequence"):
+        _text(getattr(frame, name))
+    if not (isinstance(frame.width, int) and isinstance(frame.height, int) and min(frame.width, frame.height) > 0):
+        raise ValueError(f"the frame is {frame.width!r} by {frame.height!r} pixels")
+    if not 0 <= frame.phash < 2**64:
+        raise ValueError("phash has more than 64 bits")
+    return frame

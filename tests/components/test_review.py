@@ -84,6 +84,43 @@ def test_a_task_that_cannot_be_read_is_named(store: Store, content: bytes) -> No
 # the list ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("boxes.0.x1", "left"),
+        ("boxes.0.x1", float("nan")),
+        ("boxes.0.score", float("inf")),
+        ("boxes.0.class_name", 3),
+        ("boxes.0.class_name", "x" * 5000),
+        ("boxes.0.origin", {"a": 1}),
+        ("covers", "abc"),
+        ("covers", [1]),
+        ("reviewer", {"a": 1}),
+        ("reviewer", "x" * 5000),
+        ("frame.width", 0),
+        ("frame.height", "tall"),
+        ("frame.ext", 3),
+        ("frame.phash", "f" * 40),
+        ("answered_at", "soon"),
+    ],
+)
+def test_an_answer_with_a_value_that_no_table_takes_is_named(queued: Store, path: str, value: object) -> None:
+    answer(queued, SHA, [{"class": "person", "box": [1, 2, 30, 40]}], "minji")
+    entry = queued.get_json(f"review/answers/{SHA}.json")
+    *way, last = path.split(".")
+    place = entry
+    for step in way:
+        place = place[int(step) if step.isdigit() else step]
+    place[last] = value
+    with pytest.raises(IntegrityError, match=r"the answer is not a review object"):
+        parse_answer("the answer", json.dumps(entry).encode())
+
+
+def test_an_answer_nested_without_end_is_named() -> None:
+    with pytest.raises(IntegrityError, match=r"the answer is not a review object"):
+        parse_answer("the answer", b"[" * 100_000)
+
+
 def test_tasks_are_listed_most_uncertain_first_without_the_answered(store: Store) -> None:
     for digit, priority in (("1", 0.2), ("2", 0.9), ("3", 0.2), ("4", 1.0)):
         put_task(store, replace(TASK, frame=replace(FRAME, sha256=digit * 64), priority=priority))
