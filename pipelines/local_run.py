@@ -32,7 +32,8 @@ _COLOUR = re.compile(r"\x1b\[\d+m")
 _EVENT = re.compile(
     r"^(\d\d:\d\d:\d\d\.\d+) - (?:INFO|ERROR) - (?:Executing task '([^']+)'|Task '([^']+)' finished with status (\w+))"
 )
-_RAISED = re.compile(r"^([\w.]+): (.+)$")
+# A class name last: kfp also logs the sources of components, whose docstrings have lines such as `name: of the model`.
+_RAISED = re.compile(r"^((?:\w+\.)*[A-Z]\w*): (.+)$")
 _STEP_LINE = re.compile(r"^\s*\d\d:\d\d:\d\d (?!- )(.+)$")
 
 

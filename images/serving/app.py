@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -11,17 +12,25 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from haechi.components.shared.errors import HaechiError
+from haechi.components.shared.errors import HaechiError, OverloadError
 
 from .codecs import v1_answer, v1_images
 from .engine import Engine, Models
 
-__all__ = ["MAX_BODY", "create_app"]
+__all__ = ["MAX_BODY", "MAX_HELD", "create_app"]
 
 MAX_BODY = 64 * 2**20
+MAX_HELD = 8 * MAX_BODY  # of bodies that are still arriving, all connections together
 _BODY_SECONDS = 60.0
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Held:
+    """How many bytes of bodies that are still arriving this process holds; only the event loop touches it."""
+
+    bytes: int = 0
 
 
 def create_app(models: Models) -> Starlette:
@@ -40,6 +49,7 @@ def create_app(models: Models) -> Starlette:
         exception_handlers={HaechiError: _failed, HTTPException: _failed, Exception: _failed},
     )
     app.state.models = models
+    app.state.held = _Held()
     return app
 
 
@@ -97,17 +107,23 @@ async def _bounded_body(request: Request) -> bytes:
         raise _too_large()
     parts: list[bytes] = []
     size = 0
+    held = request.app.state.held
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             async for part in request.stream():
                 size += len(part)
                 if size > MAX_BODY:
                     raise _too_large()
+                held.bytes += len(part)
                 parts.append(part)
+                if held.bytes > MAX_HELD:
+                    raise OverloadError(f"the server holds {held.bytes} bytes of bodies", "Try again in a moment.")
     except TimeoutError:
         raise HTTPException(408, f"the body did not arrive within {_BODY_SECONDS:.0f} s") from None
     except ClientDisconnect:
         raise HTTPException(400, "the client went away") from None
+    finally:
+        held.bytes -= sum(map(len, parts))
     return b"".join(parts)
 
 

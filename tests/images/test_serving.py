@@ -22,10 +22,12 @@ import grpc
 import httpx
 import numpy as np
 import pytest
+from starlette.requests import Request
 
 from haechi.components.shared.errors import InputError, ModelError, OverloadError
 from haechi.components.shared.files import read_json, write_json
 from haechi.components.shared.images import encode_jpeg
+from haechi.serving import app as serving_app
 from haechi.serving.app import create_app
 from haechi.serving.codecs import v1_images
 from haechi.serving.engine import Engine, EngineOptions, Models
@@ -257,6 +259,35 @@ def test_a_chunked_body_is_cut_off_at_the_limit(server: Running) -> None:
     except httpx.TransportError:
         pass  # the server hung up while we were still sending, which is as good
     assert httpx.get(f"{server.url}/v2/health/live").status_code == 200
+
+
+def test_bodies_that_are_still_arriving_share_one_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_app, "MAX_HELD", 100)
+    app = serving_app.create_app(Models())
+
+    async def body(*sizes: int, then: asyncio.Event) -> bytes:
+        left = list(sizes)
+
+        async def receive() -> dict[str, Any]:
+            if not left:
+                await then.wait()
+                return {"type": "http.request", "body": b"", "more_body": False}
+            return {"type": "http.request", "body": b"x" * left.pop(0), "more_body": True}
+
+        scope = {"type": "http", "headers": [], "app": app, "method": "POST", "path": "/"}
+        return await serving_app._bounded_body(Request(scope, receive))
+
+    async def scene() -> None:
+        end = asyncio.Event()
+        slow = asyncio.create_task(body(40, 40, then=end))
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadError, match="of bodies"):
+            await body(30, then=end)
+        end.set()
+        assert len(await slow) == 80
+        assert len(await body(90, then=end)) == 90, "what has arrived or failed counts no longer"
+
+    asyncio.run(scene())
 
 
 def test_health_answers_while_predictions_run(server: Running) -> None:

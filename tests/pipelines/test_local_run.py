@@ -14,7 +14,7 @@ import pytest
 from haechi.components.shared.errors import HaechiError, NoDataError, StorageError
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
-from haechi.pipelines.local_run import RunResult, run_training
+from haechi.pipelines.local_run import RunResult, _Events, run_training
 from haechi.pipelines.parameters import run_parameters
 
 FAST = ["candidates=[{name: tiny, model: yolo11n, epochs: 1, imgsz: 64, batch: 4}]"]
@@ -48,6 +48,22 @@ def test_a_store_with_wrong_credentials_fails_in_the_first_step(tmp_path: Path, 
     with pytest.raises(StorageError, match="HAECHI_S3_SECRET_KEY"):
         run_training(run_parameters("safety", FAST), tmp_path, wrong, said.append)
     assert not any(line.startswith("ingest") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("haechi.components.shared.errors.NoDataError: labels/ is empty", "labels/ is empty"),
+        ("FileNotFoundError: sh", "a step failed with FileNotFoundError: sh"),
+        ("previous_dataset: digest of the newest dataset", "the run failed"),
+    ],
+)
+def test_the_exception_of_a_failed_task_is_told_and_no_docstring(tmp_path: Path, line: str, told: str) -> None:
+    (tmp_path / "log.txt").write_text("the end")
+    events = _Events(lambda text: None)
+    for entry in (line, "10:00:00.000 - ERROR - Task 'build' finished with status FAILURE"):
+        events.take(entry)
+    assert str(events.failure(tmp_path / "log.txt")).startswith(told)
 
 
 def test_a_log_holds_no_secret(tmp_path: Path, full_settings: Settings) -> None:
