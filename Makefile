@@ -1,5 +1,5 @@
 # Every target sets up what it needs from nothing; all that is written lies in .venv/ and .haechi/.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORKDIR ?= .haechi/demo
 BIN := .venv/bin
 READY := .venv/ready

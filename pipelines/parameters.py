@@ -45,6 +45,7 @@ PARAMETERS: dict[str, type] = {
     "train_image": str,
     "settings_config_map": str,
     "s3_secret": str,
+    "mlflow_secret": str,
     "roboflow_secret": str,
 }
 

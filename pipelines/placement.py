@@ -11,12 +11,19 @@ __all__ = ["on_cluster", "on_gpu", "with_roboflow"]
 
 _SETTINGS = ("HAECHI_S3_ENDPOINT", "HAECHI_S3_REGION", "HAECHI_BUCKET", "MLFLOW_TRACKING_URI")
 _CREDENTIALS = {"access_key": "HAECHI_S3_ACCESS_KEY", "secret_key": "HAECHI_S3_SECRET_KEY"}
+_MLFLOW = {
+    "username": "MLFLOW_TRACKING_USERNAME",
+    "password": "MLFLOW_TRACKING_PASSWORD",
+    "token": "MLFLOW_TRACKING_TOKEN",
+}
 _USER = 1000  # the numeric user of the images
 # Steps with an effect outside their outputs: a cached success would be a stale green.
 _NEVER_CACHED = ("resolve", "ingest", "label", "build", "deploy", "refuse")
 
 
-def on_cluster(task: dsl.PipelineTask, image: Any, config_map: Any, secret: Any) -> dsl.PipelineTask:
+def on_cluster(
+    task: dsl.PipelineTask, image: Any, config_map: Any, secret: Any, mlflow_secret: Any
+) -> dsl.PipelineTask:
     """Give a task its image, settings, credentials, a non-root user and a writable /tmp.
 
     Args:
@@ -24,12 +31,15 @@ def on_cluster(task: dsl.PipelineTask, image: Any, config_map: Any, secret: Any)
         image: pipeline parameter that names the image.
         config_map: pipeline parameter that names the ConfigMap with the settings.
         secret: pipeline parameter that names the Secret with `access_key` and `secret_key`.
+        mlflow_secret: pipeline parameter that names the Secret with `username` and `password`, or `token`; a cluster
+            whose MLflow asks for none needs no such Secret.
     """
     if task.name.rstrip("-0123456789") in _NEVER_CACHED:
         task.set_caching_options(False)
     task.set_container_image(image)
     kubernetes.use_config_map_as_env(task, config_map, {name: name for name in _SETTINGS})
     kubernetes.use_secret_as_env(task, secret, _CREDENTIALS)
+    kubernetes.use_secret_as_env(task, mlflow_secret, _MLFLOW, optional=True)
     kubernetes.set_security_context(task, run_as_user=_USER, run_as_group=_USER, run_as_non_root=True)
     # The step pods must work with a read-only root: everything that they scribble goes here.
     kubernetes.empty_dir_mount(task, "tmp", "/tmp")  # noqa: S108

@@ -16,7 +16,7 @@ from haechi.components.shared.images import decode, encode_jpeg
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
 
-from .services import services
+from .services import running, services
 
 __all__ = ["answer_task", "list_open"]
 
@@ -24,11 +24,11 @@ __all__ = ["answer_task", "list_open"]
 @contextmanager
 def _store(workdir: Path) -> Iterator[Store]:
     settings = Settings.from_env()
-    if settings.s3_endpoint:
+    if settings.s3_endpoint and not running(workdir):
         yield Store(settings)
         return
-    with services(workdir) as running:
-        yield Store(running.settings())
+    with services(workdir) as started:
+        yield Store(started.settings())
 
 
 def list_open(workdir: Path, images: Path | None) -> list[dict[str, Any]]:

@@ -50,6 +50,7 @@ def training(
     train_image: str = "haechi/train:0.1.0",
     settings_config_map: str = "haechi-settings",
     s3_secret: str = "haechi-s3",  # noqa: S107 - the Secret's name, not a secret
+    mlflow_secret: str = "haechi-mlflow",  # noqa: S107
     roboflow_secret: str = "haechi-roboflow",  # noqa: S107
 ) -> str:
     """Turn the flywheel once.
@@ -82,13 +83,14 @@ def training(
         train_image: image of train and export.
         settings_config_map: ConfigMap with endpoint, bucket and tracking URI.
         s3_secret: Secret with the store's credentials.
+        mlflow_secret: Secret with MLflow's `username` and `password`, or `token`; needed only where MLflow asks.
         roboflow_secret: Secret with the key `api_key`; needed only where an import is a Roboflow project.
 
     Returns:
         `promote`, `refuse` or `not_enough_data`.
     """
-    steps = (steps_image, settings_config_map, s3_secret)
-    heavy = (train_image, settings_config_map, s3_secret)
+    steps = (steps_image, settings_config_map, s3_secret, mlflow_secret)
+    heavy = (train_image, settings_config_map, s3_secret, mlflow_secret)
     run_id = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 
     world = on_cluster(resolve(name=name), *steps)

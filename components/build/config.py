@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..shared.errors import InputError
+from ..shared.files import check_name
 
 __all__ = ["BuildConfig", "Grouping"]
 
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -72,8 +72,7 @@ class BuildConfig:
     grouping: Grouping = field(default_factory=Grouping)
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise InputError(f"name is {self.name!r}", "Use lower-case letters, digits and inner hyphens.")
+        check_name(self.name)
         if self.previous_dataset and not _DIGEST.fullmatch(self.previous_dataset):
             raise InputError(
                 f"previous_dataset is {self.previous_dataset!r}, not a dataset digest",

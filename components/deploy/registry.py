@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from haechi.components.shared.errors import DeployRefused, TrackingError
 from haechi.components.shared.model_folder import ModelFolder
-from haechi.components.shared.tracking import VERSION_TAG, RegisteredVersion, Tracker, metric_names
+from haechi.components.shared.tracking import EXPERIMENT, VERSION_TAG, RegisteredVersion, Tracker, metric_names
 
 from .verdict import Verdict
 
-__all__ = ["EXPERIMENT", "check_champion", "record"]
-
-EXPERIMENT = "training"  # the pipeline's name, where the trainings' runs are too
+__all__ = ["check_champion", "record"]
 
 
 def check_champion(tracker: Tracker, name: str, pinned: str, version: str) -> None:

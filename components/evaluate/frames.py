@@ -2,57 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from ..shared.dataset import Box, ManifestRow, frame_key
+from ..shared.dataset import Box
 from ..shared.detections import Detections, Detector, Letterbox, Pixels
-from ..shared.errors import InputError, IntegrityError
-from ..shared.files import sha256_bytes, write_bytes
-from ..shared.images import MAX_BYTES, decode
+from ..shared.errors import InputError
+from ..shared.images import decode
 from ..shared.progress import Progress
-from ..shared.storage import Store, ordered_map
+from ..shared.storage import ordered_map
 from .score import TestFrame
 
-__all__ = ["CONF", "MAX_DET", "detect_all", "read_frame", "test_frame"]
+__all__ = ["CONF", "MAX_DET", "detect_all", "test_frame"]
 
 CONF = 0.001  # AP wants the whole curve
 MAX_DET = 300
 _BATCH = 8
-_SAFE = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{1,5}")
 
 _Item = TypeVar("_Item")
-
-
-def read_frame(store: Store, row: ManifestRow, cache: Path | None) -> bytes:
-    """A frame's bytes, from the cache where they are whole there, else from the store (and into the cache).
-
-    Raises:
-        IntegrityError: the stored object is not what its name says.
-        StorageError: it is missing, or the store cannot be reached.
-    """
-    if not _SAFE.fullmatch(f"{row.sha256}.{row.ext}"):
-        raise IntegrityError(f"the manifest has a frame {row.sha256!r}.{row.ext!r}", "Build the dataset again.")
-    key = frame_key(row.sha256, row.ext)
-    # The layout of the cache that training shares.
-    kept = cache / row.sha256[:2] / f"{row.sha256}.{row.ext}" if cache else None
-    if kept and kept.is_file():
-        data = kept.read_bytes()
-        if sha256_bytes(data) == row.sha256:
-            return data
-    data = store.get(key, limit=MAX_BYTES)
-    if sha256_bytes(data) != row.sha256:
-        raise IntegrityError(
-            f"{store.uri(key)} does not hold the bytes that its name says", "Ingest that frame again, or restore it."
-        )
-    if kept:
-        write_bytes(kept, data)
-    return data
 
 
 def test_frame(name: str, group: str, covers: Sequence[str], boxes: Sequence[Box], classes: Sequence[str]) -> TestFrame:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,12 @@ from ..shared.dataset import SPLITS, ManifestRow, dataset_digest, read_rows
 from ..shared.detections import Detections
 from ..shared.errors import InputError, IntegrityError
 from ..shared.files import atomic_folder, write_bytes, write_json
-from ..shared.model_folder import ModelFolder, fetch_model
+from ..shared.frames import fetch_frame
+from ..shared.model_folder import ModelFolder, fetch_model, model_cache
 from ..shared.progress import say
 from ..shared.settings import Settings
 from ..shared.storage import Store
-from .frames import detect_all, read_frame, test_frame
+from .frames import detect_all, test_frame
 from .gate import Comparison, Gate, Judgement, compare, judge
 from .pictures import draw, worst
 from .report import DatasetFacts, Evaluation, render
@@ -122,7 +121,7 @@ def evaluate(
     data = _read_dataset(dataset)
     asked.check_classes(data.classes)
     ours = ModelFolder.load(onnx_model)
-    with _model_cache(settings) as models:
+    with model_cache(settings) as models:
         folders = [onnx_model]
         if champion and champion != ours.version:
             folders.append(fetch_model(store, store.uri(f"models/{name}/{champion}/"), models))
@@ -137,15 +136,6 @@ def evaluate(
     _write_verdict(verdict, result, challenger.score, theirs)
     say(f"{ours.name} {ours.version}: {judgement.decision}. {' '.join(judgement.reasons)}")
     return result
-
-
-@contextmanager
-def _model_cache(settings: Settings) -> Iterator[Path]:
-    if settings.cache_path:
-        yield settings.cache_path / "models"
-        return
-    with tempfile.TemporaryDirectory(prefix="haechi-evaluate-") as scratch:
-        yield Path(scratch)
 
 
 def _read_dataset(folder: Path) -> _Data:
@@ -175,7 +165,7 @@ def _score(folders: Sequence[Path], data: _Data, store: Store, settings: Setting
     ]
     every = detect_all(
         data.test,
-        lambda row: read_frame(store, row, settings.cache_path),
+        lambda row: fetch_frame(store, row, settings.cache_path),
         lambda row: row.key or row.sha256,
         detectors,
         settings.workers,
@@ -241,7 +231,7 @@ def _page(
         challenger.found,
         data.classes,
         challenger.limits,
-        lambda position: read_frame(store, data.test[position], settings.cache_path),
+        lambda position: fetch_frame(store, data.test[position], settings.cache_path),
     )
     counts = Counter(row.split for row in data.rows)
     facts = DatasetFacts(

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..shared.dataset import ManifestRow, frame_key
-from ..shared.errors import InputError, IntegrityError
+from ..shared.dataset import ManifestRow
+from ..shared.errors import InputError
 from ..shared.files import sha256_bytes
+from ..shared.frames import fetch_frame
 from ..shared.images import decode
 from ..shared.storage import Store
 from ..shared.yolo_format import IMAGE_SUFFIXES, read_data_yaml, split_images
@@ -55,11 +56,7 @@ def from_store(store: Store, rows: Iterable[ManifestRow]) -> list[Picture]:
     """
     pictures = []
     for row in rows:
-        key = frame_key(row.sha256, row.ext)
-        data = store.get(key)
-        if sha256_bytes(data) != row.sha256:
-            raise IntegrityError(f"{store.uri(key)} is not the frame of that digest", "Restore it from a backup.")
-        pictures.append(Picture(f"{row.sha256[:16]}.{row.ext}", data))
+        pictures.append(Picture(f"{row.sha256[:16]}.{row.ext}", fetch_frame(store, row)))
     return pictures
 
 

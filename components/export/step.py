@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 from ..shared.dataset import ManifestRow, read_rows
 from ..shared.detections import Detector
 from ..shared.errors import InputError, IntegrityError, TrainError
-from ..shared.files import atomic_folder, read_json, sha256_file, write_json
+from ..shared.files import atomic_folder, check_name, read_json, sha256_file, write_json
 from ..shared.model_folder import ModelFolder, write_golden
 from ..shared.progress import say
 from ..shared.settings import Settings
@@ -24,8 +23,6 @@ from .graph import Checkpoint, torch_detector, write_onnx
 from .proof import SPARE, prove
 
 __all__ = ["ExportResult", "export", "export_checkpoint", "spread_thresholds"]
-
-_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
 @dataclass(frozen=True)
@@ -214,8 +211,7 @@ def _write(
     origin: _Origin,
     threads: int,
 ) -> tuple[ModelFolder, bool | None]:
-    if not _NAME.fullmatch(name):
-        raise InputError(f"model name is {name!r}", "Give kebab-case, such as safety or door-camera.")
+    check_name(name)
     if not 0 < iou <= 1:
         raise InputError(f"iou is {iou!r}", "Give a number above 0 and up to 1.")
     tame(threads)

@@ -18,9 +18,9 @@ import numpy as np
 from ..shared.dataset import Box
 from ..shared.detections import box_iou
 from ..shared.errors import InputError
+from ..shared.frames import fetch_frame
 from ..shared.storage import Store
 from .tasks import ReviewAnswer, ReviewTask, answered, put_answer, read_task, read_tasks, to_millis
-from .teacher import verified_frame
 
 __all__ = ["ReviewAnswer", "ReviewTask", "accept_proposals", "answer", "frame_bytes", "list_tasks"]
 
@@ -42,7 +42,7 @@ def list_tasks(store: Store, include_answered: bool = False) -> list[ReviewTask]
 
 def frame_bytes(store: Store, task: ReviewTask) -> bytes:
     """The encoded picture of a task, checked against its hash."""
-    return verified_frame(store, task.frame)
+    return fetch_frame(store, task.frame)
 
 
 def answer(

@@ -7,10 +7,8 @@ way, so that a run which was killed and repeated reports the same as one that wa
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -20,6 +18,7 @@ from typing import Any
 from ..shared.dataset import Frame, LabelledFrame, read_rows, write_export
 from ..shared.errors import InputError
 from ..shared.files import write_json
+from ..shared.model_folder import model_cache
 from ..shared.progress import Progress, say
 from ..shared.settings import Settings
 from ..shared.storage import Store, ordered_map
@@ -100,7 +99,7 @@ def label(
     rows = list({row.sha256: row for row in read_rows(frames / "frames.parquet", Frame)}.values())
     store = Store(settings)
     store.check()
-    with _model_cache(settings) as cache:
+    with model_cache(settings) as cache:
         guide = load_teacher(store, name, champion, teacher, classes, class_map, cache)
         collected = collect(store, moment)
         exported = read_exported(store)
@@ -121,15 +120,6 @@ def _check(classes: Sequence[str], review_limit: int) -> None:
         raise InputError(f"classes is {list(classes)!r}", "Name at least one class, each once.")
     if review_limit < _UNLIMITED or review_limit != int(review_limit):
         raise InputError(f"review_limit is {review_limit}", "Give a whole number, or -1 for no limit.")
-
-
-@contextmanager
-def _model_cache(settings: Settings) -> Iterator[Path]:
-    if settings.cache_path:
-        yield settings.cache_path / "models"
-        return
-    with tempfile.TemporaryDirectory(prefix="haechi-teacher-") as folder:
-        yield Path(folder)
 
 
 @dataclass(frozen=True)

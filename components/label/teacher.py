@@ -12,13 +12,13 @@ import numpy as np
 from ..shared.dataset import Box, Frame, frame_key
 from ..shared.detections import Detections, Detector, Letterbox, Pixels, non_maximum_suppression
 from ..shared.errors import InputError, IntegrityError
-from ..shared.files import sha256_bytes
+from ..shared.frames import fetch_frame
 from ..shared.images import decode
 from ..shared.model_folder import ModelFolder, fetch_model
 from ..shared.progress import say
 from ..shared.storage import Store, ordered_map
 
-__all__ = ["Teacher", "load_teacher", "map_classes", "propose", "translate", "verified_frame"]
+__all__ = ["Teacher", "load_teacher", "map_classes", "propose", "translate"]
 
 _LEAST_SCORE = 0.001  # a band that starts at 0 must not turn every anchor into a box
 _LEAST_SIDE = 1.0  # pixels; a thinner box is no object and breaks trainers
@@ -136,23 +136,8 @@ def propose(
         yield frame, translate(found, teacher)
 
 
-def verified_frame(store: Store, frame: Frame) -> bytes:
-    """The encoded bytes of a frame, checked against its hash.
-
-    Raises:
-        IntegrityError: they are other bytes.
-    """
-    key = frame_key(frame.sha256, frame.ext)
-    data = store.get(key)
-    if sha256_bytes(data) != frame.sha256:
-        raise IntegrityError(
-            f"{store.uri(key)} is not the frame that its name says", "Restore that object from its source."
-        )
-    return data
-
-
 def _prepare(store: Store, detector: Detector, frame: Frame) -> tuple[Frame, tuple[Pixels, Letterbox]]:
-    data = verified_frame(store, frame)
+    data = fetch_frame(store, frame)
     try:
         return frame, detector.prepare(decode(data))
     except InputError as error:

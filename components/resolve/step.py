@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from haechi.components.shared.dataset import latest_dataset
 from haechi.components.shared.errors import IntegrityError
+from haechi.components.shared.files import check_name
 from haechi.components.shared.progress import say
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
@@ -43,9 +44,11 @@ def resolve(name: str, settings: Settings) -> Resolved:
 
     Raises:
         InputError: `name` cannot be a model's name.
+        InputError: the name is not kebab-case.
         StorageError, TrackingError: a service cannot be reached or refuses us.
         IntegrityError: the alias names a version whose model folder is not in the store.
     """
+    check_name(name)
     store, tracker = Store(settings), Tracker(settings)
     store.check()
     found = tracker.alias(name, "champion")

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -13,9 +14,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import StorageError
+from .errors import InputError, StorageError
 
-__all__ = ["atomic_folder", "read_json", "sha256_bytes", "sha256_file", "write_bytes", "write_json"]
+__all__ = ["atomic_folder", "check_name", "read_json", "sha256_bytes", "sha256_file", "write_bytes", "write_json"]
+
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+
+
+def check_name(name: str) -> None:
+    """Refuse a model's or dataset's name that is not kebab-case; it becomes part of object keys and Kubernetes names.
+
+    Raises:
+        InputError: it holds anything but lower-case letters, digits and single inner hyphens.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(f"name is {name!r}", "Give kebab-case, such as safety or door-camera.")
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,15 +19,14 @@ import yaml
 
 from .dataset import SPLITS, ManifestRow, frame_key, read_rows
 from .errors import InputError, IntegrityError, StorageError
-from .files import sha256_bytes, sha256_file, write_bytes, write_json
-from .images import MAX_BYTES
+from .files import sha256_file, write_bytes, write_json
+from .frames import cached_frame, check_frame_name, fetch_frame
 from .progress import Progress
 from .storage import ObjectMissing, Store, ordered_map
 
 __all__ = ["Materialized", "label_lines", "materialize"]
 
 _OURS = ".haechi-dataset"  # marks a folder whose content may be replaced
-_SAFE = (re.compile(r"[0-9a-f]{64}"), re.compile(r"[a-z0-9]{1,5}"))
 _SMALL_FILE = 4096  # disk space that a label file takes
 _ABANDONED_S = 3600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -136,7 +134,7 @@ class _Job:
         labels = _SMALL_FILE * len(rows)
         if self.cache is None:
             return {self.root: sum(sizes[row.sha256] for row in absent) + labels}
-        fetched = sum(sizes[row.sha256] for row in absent if not _in_cache(self.cache, row).exists())
+        fetched = sum(sizes[row.sha256] for row in absent if not cached_frame(self.cache, row).exists())
         if self.cache.stat().st_dev == self.root.stat().st_dev:
             return {self.root: fetched + labels}
         return {self.root: sum(sizes[row.sha256] for row in absent) + labels, self.cache: fetched}
@@ -157,26 +155,16 @@ class _Job:
             return "kept"
         target.unlink(missing_ok=True)
         if self.cache is None:
-            write_bytes(target, self._fetch(row))
+            write_bytes(target, fetch_frame(self.store, row))
             return "fetched"
-        cached = _in_cache(self.cache, row)
+        cached = cached_frame(self.cache, row)
         # A trainer may have "repaired" a linked picture in place, so the cache is trusted by its hash alone.
         outcome = "cached"
         if not _is_whole(cached, row.sha256):
-            write_bytes(cached, self._fetch(row))
+            write_bytes(cached, fetch_frame(self.store, row))
             outcome = "fetched"
         _link(cached, target)
         return outcome
-
-    def _fetch(self, row: ManifestRow) -> bytes:
-        key = frame_key(row.sha256, row.ext)
-        data = self.store.get(key, limit=MAX_BYTES)
-        if sha256_bytes(data) != row.sha256:
-            raise IntegrityError(
-                f"{self.store.uri(key)} does not have the SHA-256 of its name ({len(data)} bytes)",
-                "Restore the object from a backup, or remove it and ingest the frame again.",
-            )
-        return data
 
 
 def _check(rows: Sequence[ManifestRow], splits: Sequence[str]) -> None:
@@ -185,8 +173,9 @@ def _check(rows: Sequence[ManifestRow], splits: Sequence[str]) -> None:
             raise InputError(f"splits names {split!r}", f"Use some of {', '.join(SPLITS)}.")
     seen: set[str] = set()
     for row in rows:
-        if not (_SAFE[0].fullmatch(row.sha256) and _SAFE[1].fullmatch(row.ext)) or row.width < 1 or row.height < 1:
-            raise IntegrityError(f"the manifest has a frame {row.sha256!r}.{row.ext!r}", "Build the dataset again.")
+        check_frame_name(row)
+        if row.width < 1 or row.height < 1:
+            raise IntegrityError(f"the manifest has frame {row.sha256} without a size", "Build the dataset again.")
         if row.sha256 in seen:
             raise IntegrityError(f"the manifest has frame {row.sha256} twice", "Build the dataset again.")
         seen.add(row.sha256)
@@ -271,10 +260,6 @@ def _link(source: Path, target: Path) -> None:
 def _write_if_new(path: Path, data: bytes) -> None:
     if not path.is_file() or path.read_bytes() != data:
         write_bytes(path, data)
-
-
-def _in_cache(cache: Path, row: ManifestRow) -> Path:
-    return cache / row.sha256[:2] / f"{row.sha256}.{row.ext}"
 
 
 def _image_path(row: ManifestRow) -> str:

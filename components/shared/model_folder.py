@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ from .errors import InputError, IntegrityError, ModelError, SettingsError
 from .files import atomic_folder, read_json, sha256_file, write_bytes, write_json
 from .images import decode
 from .parity import Agreement, Tolerance, agree, compare
+from .settings import Settings
 
 if TYPE_CHECKING:  # the serving image has no S3 client: KServe mounts the folder there
     from .storage import Store
@@ -35,6 +37,7 @@ __all__ = [
     "check_golden",
     "fetch_model",
     "from_rows",
+    "model_cache",
     "read_golden",
     "write_golden",
 ]
@@ -312,3 +315,13 @@ def _locked(target: Path) -> Iterator[None]:
     with (target.parent / f".{target.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def model_cache(settings: Settings) -> Iterator[Path]:
+    """The folder for fetched models: in the cache where there is one, else a scratch folder that goes at the end."""
+    if settings.cache_path:
+        yield settings.cache_path / "models"
+        return
+    with tempfile.TemporaryDirectory(prefix="haechi-models-") as folder:
+        yield Path(folder)

@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 from .errors import InputError, TrackingError
 from .settings import Settings
 
-__all__ = ["VERSION_TAG", "RegisteredVersion", "TrackedRun", "Tracker", "metric_names"]
+__all__ = ["EXPERIMENT", "VERSION_TAG", "RegisteredVersion", "TrackedRun", "Tracker", "metric_names"]
 
+EXPERIMENT = "training"  # the pipeline's name: the runs of trainings and of deploys lie together
 VERSION_TAG = "haechi.version"  # the registry is looked up by this tag; MLflow's own number is only an index
 
 _METRICS_A_REQUEST, _PARAMS_A_REQUEST, _NAME_LENGTH = 1000, 100, 250  # the server's limits

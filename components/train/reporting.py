@@ -9,11 +9,10 @@ from typing import Any
 from ..shared.errors import TrackingError
 from ..shared.progress import say
 from ..shared.settings import Settings
-from ..shared.tracking import Tracker
+from ..shared.tracking import EXPERIMENT, Tracker
 
-__all__ = ["EXPERIMENT", "EpochReporter", "metric_table", "open_run"]
+__all__ = ["EpochReporter", "metric_table", "open_run"]
 
-EXPERIMENT = "training"
 _PAUSE = 60.0
 _NAMES = {
     "metrics/precision(B)": "val/precision",

@@ -23,7 +23,7 @@ from ultralytics.models.yolo.detect.train import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_KEYS, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
-from ..shared.errors import TrainError
+from ..shared.errors import HaechiError, TrainError
 from ..shared.progress import Progress, say
 from ..shared.settings import Settings
 from ..shared.yolo import tame
@@ -45,10 +45,12 @@ _NO_MEMORY = (
 
 
 def explain(error: BaseException, batch: int, imgsz: int) -> TrainError | None:
-    """What a candidate's failure means and what to change; None for what is no candidate's fault."""
+    """What a candidate's failure means and what to change; None for what is no candidate's fault: store and disk."""
     text = str(error).lower()
     if isinstance(error, TrainError):
         return error
+    if isinstance(error, HaechiError | OSError):
+        return None
     if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY):
         return TrainError(
             f"out of memory at batch {batch}, imgsz {imgsz}",
@@ -60,7 +62,9 @@ def explain(error: BaseException, batch: int, imgsz: int) -> TrainError | None:
         )
     if isinstance(error, RuntimeError) and "froze the entire model" in text:
         return TrainError("freeze leaves nothing to train", "Freeze fewer layers.")
-    return None
+    # Whatever else a network, a driver or Ultralytics raises must not end the other candidates' run.
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return TrainError(f"training stopped with {type(error).__name__}: {first}", "The traceback is in this step's log.")
 
 
 class FlywheelTrainer(DetectionTrainer):

@@ -208,7 +208,7 @@ def test_pictures_on_which_only_the_suppression_differs_prove_nothing(tmp_path: 
         ({"thresholds": {"fire": 0.2}}, "nothing of smoke, person_down"),
         ({"thresholds": {"default": 2}}, "threshold of default is 2"),
         ({"iou": 0}, "iou is 0"),
-        ({"name": "My Model"}, "model name is 'My Model'"),
+        ({"name": "My Model"}, "name is 'My Model'"),
         ({"imgsz": 100}, "imgsz is 100"),
         ({"golden_images": -1}, "golden_images is -1"),
         ({"images": [Path("/nonexistent")]}, "neither an image nor a folder"),
