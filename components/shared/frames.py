@@ -23,7 +23,9 @@ def check_frame_name(frame: Frame) -> None:
         IntegrityError: they are not 64 hex digits and a short extension.
     """
     if not _NAME.fullmatch(f"{frame.sha256}.{frame.ext}"):
-        raise IntegrityError(f"the manifest has a frame {frame.sha256!r}.{frame.ext!r}", "Run the step that wrote it again.")
+        raise IntegrityError(
+            f"the manifest has a frame {frame.sha256!r}.{frame.ext!r}", "Run the step that wrote it again."
+        )
 
 
 def cached_frame(cache: Path, frame: Frame) -> Path:
