@@ -79,6 +79,9 @@ def run_training(
         HaechiError: the error of the step that failed, with its own exit code.
     """
     folder = workdir.resolve() / "runs" / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    for left in folder.parent.glob("*/tmp"):
+        # Scratch of a run that was killed: a workdir holds one run at a time.
+        shutil.rmtree(left, ignore_errors=True)
     write_json(folder / "parameters.json", dict(parameters))
     scratch = folder / "tmp"
     scratch.mkdir()

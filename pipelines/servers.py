@@ -141,7 +141,7 @@ class ObjectStoreService(Server):
 
     def _prepare(self) -> tuple[list[str], dict[str, str], list[str]]:
         data = self.workdir / "seaweedfs"
-        data.mkdir(exist_ok=True)
+        data.mkdir(mode=0o700, exist_ok=True)
         keys = self._credentials()
         config = self.workdir / "s3.json"
         identity = {"accessKey": keys["access_key"], "secretKey": keys["secret_key"]}
@@ -165,6 +165,8 @@ class ObjectStoreService(Server):
         command += [f"-{name}={port}" for name, port in ports.items()]
         command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false", f"-s3.config={config.name}"]
         # A number, not 0: SeaweedFS would allow free disk / 1 GiB volumes, and a small disk soon has no room for a bucket.
+        # The filer's own HTTP door knows no credentials; whoever is on this machine must come by S3.
+        command += ["-filer.disableHttp"]
         command += ["-volume.max=10000", "-master.volumeSizeLimitMB=1024", "-master.resumeState=false"]
         env = {**os.environ, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1", "HOME": str(data)}
         # It leaves its sockets in /tmp behind when it is killed.
@@ -211,7 +213,7 @@ class TrackingService(Server):
 
     def _prepare(self) -> tuple[list[str], dict[str, str], list[str]]:
         folder = self.workdir / "mlflow"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         (self.port,) = free_ports(1)
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder.name}/mlflow.db"]

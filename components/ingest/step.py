@@ -132,5 +132,5 @@ def ingest(
 
 def _check_classes(classes: Sequence[str]) -> None:
     repeated = sorted({name for name in classes if list(classes).count(name) > 1})
-    if repeated or not all(isinstance(name, str) and name.strip() for name in classes):
-        raise InputError(f"classes are {list(classes)}", "Give every class one name, each once.")
+    if repeated or not all(isinstance(name, str) and name.strip() and name.isprintable() for name in classes):
+        raise InputError(f"classes are {list(classes)}", "Give every class one printable name, each once.")

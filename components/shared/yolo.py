@@ -48,7 +48,7 @@ def tame(threads: int = 0, home: Path | None = None) -> Any:
         The module `ultralytics`.
     """
     if "ultralytics" not in sys.modules:
-        home = home or Path(tempfile.gettempdir()) / f"haechi-ultralytics-{os.getuid()}"
+        home = home or _own_folder()
         for name, folder in (("YOLO_CONFIG_DIR", home / "config"), ("MPLCONFIGDIR", home / "matplotlib")):
             folder.mkdir(parents=True, exist_ok=True)
             os.environ[name] = str(folder)
@@ -66,6 +66,15 @@ def tame(threads: int = 0, home: Path | None = None) -> Any:
     torch = importlib.import_module("torch")
     torch.set_num_threads(threads or cpu_count())
     return package
+
+
+def _own_folder() -> Path:
+    """A folder that stays, so that matplotlib's fonts are listed once; a fresh one where another user took its name."""
+    folder = Path(tempfile.gettempdir()) / f"haechi-ultralytics-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        return Path(tempfile.mkdtemp(prefix="haechi-ultralytics-"))
+    return folder
 
 
 def load_detector(path: Path) -> Any:
