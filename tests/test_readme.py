@@ -19,7 +19,7 @@ def _commands(name: str) -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
-COMMANDS = _commands("README.md")
+COMMANDS = [*_commands("README.md"), *_commands("docs/realdata.md")]
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("make ")])
