@@ -302,3 +302,43 @@ def test_real_weights_hold_parity_and_agree_with_ultralytics(name: str, realdata
             assert pairs == {(int(c), round(float(s), 2)) for c, s in zip(ours.class_ids, ours.scores, strict=True)}
             order = np.lexsort((ours.class_ids, -ours.scores))
             assert np.abs(np.asarray(found.boxes.xyxy)[: len(order)] - ours.boxes[order]).max(initial=0) < 1.0
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+event_wanted, number, checkpoint, pictures, out = sys.argv[1], int(sys.argv[2]), *map(Path, sys.argv[3:])
+seen = 0
+def watch(event, arguments):
+    global seen
+    if event == event_wanted and ".partial-" in str(arguments[0]):
+        seen += 1
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+from haechi.components.export.step import export_checkpoint
+export_checkpoint(checkpoint, out, name="safety", images=[pictures], imgsz=128, golden_images=3, threads=1)
+"""
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """Digest of every file; of the description all but the time of writing."""
+    found = {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
+    described = json.loads((folder / "model.json").read_text())
+    del described["created_at"]
+    return found | {"model.json": json.dumps(described, sort_keys=True)}
+
+
+@pytest.mark.parametrize(("event", "number"), [("open", 2), ("open", 9), ("os.rename", 8)])
+def test_a_killed_export_leaves_nothing_that_counts_and_runs_again_to_the_same_folder(
+    event: str, number: int, checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "model"
+    export_checkpoint(checkpoint, whole, name="safety", images=[pictures], imgsz=128, golden_images=3, threads=1)
+    words = [sys.executable, "-c", _KILLED, event, str(number), str(checkpoint), str(pictures), str(out)]
+    assert subprocess.run(words, capture_output=True, timeout=120).returncode == -9
+    assert not out.exists()
+    assert list(tmp_path.glob(".model.partial-*"))
+    export_checkpoint(checkpoint, out, name="safety", images=[pictures], imgsz=128, golden_images=3, threads=1)
+    assert _contents(out) == _contents(whole)
+    assert list(tmp_path.glob(".model.partial-*")) == []
