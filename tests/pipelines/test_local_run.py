@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +18,7 @@ import pytest
 from haechi.components.shared.errors import HaechiError, NoDataError, StorageError
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
+from haechi.pipelines.demo.world import draw_labelled
 from haechi.pipelines.local_run import RunResult, _Events, run_training
 from haechi.pipelines.parameters import run_parameters
 
@@ -145,3 +150,50 @@ def test_real_frames_go_from_folders_to_a_deployed_model(
     verdict = json.loads((result.artifact("verdict") / "verdict.json").read_text())
     assert verdict["decision"] == result.decision
     assert (tmp_path / "deploy" / "current" / "model.json").exists() == (result.decision == "promote")
+
+
+_RUN = """
+import json, sys
+from pathlib import Path
+from haechi.components.shared.settings import Settings
+from haechi.pipelines.local_run import run_training
+parameters, workdir = json.loads(sys.argv[1]), Path(sys.argv[2])
+run_training(parameters, workdir, Settings.from_env())
+"""
+
+
+def _kill_at(line: str, parameters: dict[str, Any], workdir: Path, settings: Settings) -> None:
+    """Start a run in a process of its own and end it by SIGKILL as soon as its log holds `line`."""
+    words = [sys.executable, "-c", _RUN, json.dumps(parameters), str(workdir)]
+    process = subprocess.Popen(words, env={**os.environ, **settings.to_env()}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not any(line in log.read_text() for log in workdir.glob("runs/*/log.txt")):
+        assert process.poll() is None, f"the run ended before {line!r}"
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    shutil.rmtree(workdir / "runs")
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_several_steps_ends_as_one_that_was_never_killed(
+    tmp_path: Path, full_settings: Settings
+) -> None:
+    draw_labelled(tmp_path / "labelled", 3, 40)
+
+    def parameters(name: str) -> dict[str, Any]:
+        wanted = [f"name={name}", f'imports=[{{uri: "{(tmp_path / "labelled").as_uri()}"}}]', "device=cpu"]
+        candidate = "candidates=[{name: tiny, model: yolo11n, epochs: 3, imgsz: 64, batch: 8}]"
+        return run_parameters("safety", [*wanted, candidate])
+
+    ends = []
+    for name, kills in (("undisturbed", []), ("killed", ["epoch 1/3", "candidate tiny: val", "\x1b[96m'evaluate'"])):
+        settings = replace(full_settings, bucket=f"{full_settings.bucket}-{name}")
+        Store(settings).ensure_bucket()
+        for line in kills:
+            _kill_at(line, parameters(name), tmp_path / name, settings)
+        result = run_training(parameters(name), tmp_path / name, settings)
+        verdict = json.loads((result.artifact("verdict") / "verdict.json").read_text())
+        ends.append({key: verdict[key] for key in ("decision", "reasons", "challenger", "dataset_digest")})
+    assert ends[0] == ends[1]
