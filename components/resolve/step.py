@@ -43,8 +43,7 @@ def resolve(name: str, settings: Settings) -> Resolved:
         settings: the object store and MLflow.
 
     Raises:
-        InputError: `name` cannot be a model's name.
-        InputError: the name is not kebab-case.
+        InputError: `name` is not kebab-case.
         StorageError, TrackingError: a service cannot be reached or refuses us.
         IntegrityError: the alias names a version whose model folder is not in the store.
     """

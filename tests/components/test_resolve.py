@@ -73,7 +73,7 @@ def test_a_champion_that_was_registered_by_hand_is_an_error(tracked: Settings, n
         ({"s3_secret_key": "wrong"}, "gate", StorageError, "refuses our credentials"),
         ({"s3_endpoint": "http://127.0.0.1:9"}, "gate", StorageError, "cannot reach the object store"),
         ({"mlflow_tracking_uri": ""}, "gate", TrackingError, "MLFLOW_TRACKING_URI is not set"),
-        ({}, "gate'--", InputError, "cannot be a model's name"),
+        ({}, "gate'--", InputError, "Give kebab-case"),
     ],
 )
 def test_what_is_wrong_is_told_at_the_start(

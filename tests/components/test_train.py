@@ -18,7 +18,7 @@ import pytest
 from shapes import CLASSES, draw, write_dataset
 
 from haechi.components.shared.dataset import ManifestRow, frame_key, read_rows, write_rows
-from haechi.components.shared.errors import InputError, NoDataError, TrackingError
+from haechi.components.shared.errors import InputError, NoDataError, StorageError, TrackingError
 from haechi.components.shared.files import sha256_bytes
 from haechi.components.shared.images import read_header
 from haechi.components.shared.materialize import label_lines
@@ -263,11 +263,15 @@ def test_a_loss_that_becomes_nan_fails_the_candidate(dataset: Path, tmp_path: Pa
         (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
         (MemoryError(), "out of memory"),
         (RuntimeError("'freeze=99' froze the entire model with no trainable parameters left."), "freeze"),
-        (RuntimeError("shape mismatch"), None),
-        (KeyError("names"), None),
+        (RuntimeError("shape mismatch"), "stopped with RuntimeError: shape mismatch"),
+        (KeyError("names"), "stopped with KeyError: 'names'"),
+        (StorageError("cannot reach the object store"), None),
+        (OSError("no space left on device"), None),
     ],
 )
-def test_a_candidates_failure_is_told_from_a_bug(error: Exception, told: str | None) -> None:
+def test_what_is_the_candidates_fault_is_told_from_what_is_the_stores_or_the_disks(
+    error: Exception, told: str | None
+) -> None:
     tame(1)
     from haechi.components.train.trainer import explain
 
