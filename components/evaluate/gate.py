@@ -281,7 +281,9 @@ def _praise(
     told = f" ({gate.confidence:.0%} interval {bounds.low:.3f} to {bounds.high:.3f})" if bounds else ""
     frames = max(item.frames for item in challenger.per_class.values())
     floors = "every class reaches its floor" if gate.floors else "no floor is set"
-    reasons = [f"mAP50-95 is {challenger.mean('map50_95'):.3f}{told} on {frames} test frames, and {floors}."]
+    reasons = [
+        f"mAP50-95 is {challenger.mean('map50_95'):.3f}{told} on up to {frames} test frames a class, and {floors}."
+    ]
     if champion is None:
         return [*reasons, "There is no champion to compare with."]
     if "" not in comparison.gains:
