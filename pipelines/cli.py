@@ -67,9 +67,9 @@ def _report(arguments: Arguments, value: Any, lines: Sequence[str]) -> None:
     sys.stdout.flush()
 
 
-def _workdir_argument(parser: argparse.ArgumentParser) -> None:
+def _workdir_argument(parser: argparse.ArgumentParser, default: str = _DEFAULT_WORKDIR) -> None:
     parser.add_argument(
-        "--workdir", type=Path, default=Path(_DEFAULT_WORKDIR), help="folder for all state (default %(default)s)"
+        "--workdir", type=Path, default=Path(default), help="folder for all state (default %(default)s)"
     )
 
 
@@ -77,9 +77,7 @@ def _workdir_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--workdir", type=Path, default=Path(".haechi/demo"), help="folder for all state (default %(default)s)"
-    )
+    _workdir_argument(parser, ".haechi/demo")
 
 
 def _demo(arguments: Arguments) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from haechi.components.shared.files import write_bytes
 __all__ = ["COMPILED", "compile_all", "dangling_references", "differences", "normalised"]
 
 COMPILED = Path(__file__).parent / "compiled"
-_VERSION = "0.1.0"
+_VERSION = metadata.version("haechi")
 _PLACEHOLDER = re.compile(r"""inputs\.(parameters|artifacts)\[['"]([^'"]+)['"]\]""")
 
 

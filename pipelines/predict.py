@@ -18,7 +18,7 @@ import requests
 from haechi.components.shared.drawing import draw_boxes
 from haechi.components.shared.errors import InputError, ModelError, NoDataError
 from haechi.components.shared.files import write_bytes
-from haechi.components.shared.images import MAX_BYTES, Pixels, decode, encode_jpeg
+from haechi.components.shared.images import IMAGE_SUFFIXES, MAX_BYTES, Pixels, decode, encode_jpeg
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.settings import Settings
 
@@ -28,7 +28,6 @@ Row = dict[str, Any]
 # An encoded image and its pixels in; `detections`, `width`, `height` and `model_version` out.
 _Predictor = Callable[[bytes, Pixels], Row]
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _TIMEOUT = (5, 60)  # seconds to connect, and between two bytes
 _DEADLINE = 120.0  # seconds for a whole download
 _TRIES = 4
@@ -89,7 +88,7 @@ def _expand(inputs: Sequence[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
         if "://" in text:
             yield text, partial(_download, text)
         elif path.is_dir():
-            found = sorted(item for item in path.rglob("*") if item.suffix.lower() in _SUFFIXES and item.is_file())
+            found = sorted(item for item in path.rglob("*") if item.suffix.lower() in IMAGE_SUFFIXES and item.is_file())
             for item in found:
                 yield str(item), partial(_read, item)
             if not found:
@@ -99,7 +98,7 @@ def _expand(inputs: Sequence[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
 
 
 def _empty(folder: Path) -> bytes:
-    raise NoDataError(f"{folder} holds no images", f"Give a folder with {', '.join(_SUFFIXES)} files.")
+    raise NoDataError(f"{folder} holds no images", f"Give a folder with {', '.join(IMAGE_SUFFIXES)} files.")
 
 
 def _read(path: Path) -> bytes:

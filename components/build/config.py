@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..shared.errors import InputError
-from ..shared.files import check_name
+from ..shared.files import check_classes, check_name
 
 __all__ = ["BuildConfig", "Grouping"]
 
@@ -81,23 +81,12 @@ class BuildConfig:
         if not _is_number(self.seed) or self.seed != int(self.seed):
             raise InputError(f"seed is {self.seed!r}", "Set it to a whole number.")
         object.__setattr__(self, "seed", int(self.seed))
-        object.__setattr__(self, "classes", _checked_classes(self.classes))
+        object.__setattr__(self, "classes", check_classes(self.classes))
         object.__setattr__(self, "ratios", _checked_ratios(self.ratios))
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _checked_classes(classes: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(classes, str) or not classes:
-        raise InputError(f"classes is {classes!r}", "List at least one class name.")
-    for name in classes:
-        if not isinstance(name, str) or not name.strip():
-            raise InputError(f"classes holds {name!r}", "Give every class a name.")
-        if list(classes).count(name) > 1:
-            raise InputError(f"classes names {name!r} twice", "List each class once.")
-    return tuple(classes)
 
 
 def _checked_ratios(ratios: Mapping[str, Any]) -> dict[str, float]:

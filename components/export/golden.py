@@ -11,9 +11,9 @@ from ..shared.dataset import ManifestRow
 from ..shared.errors import InputError
 from ..shared.files import sha256_bytes
 from ..shared.frames import fetch_frame
-from ..shared.images import decode
+from ..shared.images import IMAGE_SUFFIXES, decode
 from ..shared.storage import Store
-from ..shared.yolo_format import IMAGE_SUFFIXES, read_data_yaml, split_images
+from ..shared.yolo_format import read_data_yaml, split_images
 
 __all__ = ["Picture", "choose_rows", "from_data", "from_files", "from_store"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..shared.dataset import Box
 from ..shared.errors import InputError
-from ..shared.yolo_format import IMAGE_SUFFIXES
+from ..shared.images import IMAGE_SUFFIXES
 
 __all__ = ["Example", "Parsed", "faulty", "images_below", "inside", "pixel_boxes", "sequence_of", "split_hint"]
 

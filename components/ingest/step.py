@@ -11,7 +11,7 @@ from typing import Any
 
 from ..shared.dataset import Frame, write_rows
 from ..shared.errors import InputError
-from ..shared.files import write_json
+from ..shared.files import check_classes, write_json
 from ..shared.progress import say
 from ..shared.settings import Settings
 from ..shared.storage import Store
@@ -90,7 +90,7 @@ def ingest(
     """
     if not _RUN_ID.fullmatch(run_id):
         raise InputError(f"run_id is {run_id!r}", "Use letters, digits, dots, dashes and underscores.")
-    _check_classes(classes)
+    check_classes(classes)
     limits = Quality.parse(quality)
     wanted = [Source.parse(item, position) for position, item in enumerate(sources)]
     given = [Import.parse(item, position, classes) for position, item in enumerate(imports)]
@@ -128,9 +128,3 @@ def ingest(
         f"{result.quarantined} quarantined, {result.imported} imported, {result.pending} wait for labels"
     )
     return result
-
-
-def _check_classes(classes: Sequence[str]) -> None:
-    repeated = sorted({name for name in classes if list(classes).count(name) > 1})
-    if repeated or not all(isinstance(name, str) and name.strip() and name.isprintable() for name in classes):
-        raise InputError(f"classes are {list(classes)}", "Give every class one printable name, each once.")

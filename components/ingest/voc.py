@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from ..shared.dataset import Box
 from ..shared.errors import InputError
-from ..shared.yolo_format import IMAGE_SUFFIXES
+from ..shared.images import IMAGE_SUFFIXES
 from .examples import Example, Parsed, faulty, images_below, inside, pixel_boxes, split_hint
 
 __all__ = ["find_voc", "parse_voc"]

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..shared.dataset import Frame, LabelledFrame, read_rows, write_export
 from ..shared.errors import InputError
-from ..shared.files import write_json
+from ..shared.files import check_classes, write_json
 from ..shared.model_folder import model_cache
 from ..shared.progress import Progress, say
 from ..shared.settings import Settings
@@ -94,7 +94,8 @@ def label(
         IntegrityError, ModelError, StorageError: frames, an answer, the teacher or the store are unusable.
     """
     moment = to_millis(now or datetime.now(UTC))
-    _check(classes, review_limit)
+    check_classes(classes)
+    _check_limit(review_limit)
     limits = parse_bands(bands, classes)
     rows = list({row.sha256: row for row in read_rows(frames / "frames.parquet", Frame)}.values())
     store = Store(settings)
@@ -115,9 +116,7 @@ def label(
     return result
 
 
-def _check(classes: Sequence[str], review_limit: int) -> None:
-    if not classes or len(set(classes)) != len(classes) or not all(classes):
-        raise InputError(f"classes is {list(classes)!r}", "Name at least one class, each once.")
+def _check_limit(review_limit: int) -> None:
     if review_limit < _UNLIMITED or review_limit != int(review_limit):
         raise InputError(f"review_limit is {review_limit}", "Give a whole number, or -1 for no limit.")
 

@@ -9,14 +9,23 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError, StorageError
 
-__all__ = ["atomic_folder", "check_name", "read_json", "sha256_bytes", "sha256_file", "write_bytes", "write_json"]
+__all__ = [
+    "atomic_folder",
+    "check_classes",
+    "check_name",
+    "read_json",
+    "sha256_bytes",
+    "sha256_file",
+    "write_bytes",
+    "write_json",
+]
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -29,6 +38,22 @@ def check_name(name: str) -> None:
     """
     if not _NAME.fullmatch(name):
         raise InputError(f"name is {name!r}", "Give kebab-case, such as safety or door-camera.")
+
+
+def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
+    """The ordered class names, once they are known to be usable by every step.
+
+    Raises:
+        InputError: none at all, one twice, or one that is empty or holds a character that cannot be printed.
+    """
+    if isinstance(classes, str) or not classes:
+        raise InputError(f"classes is {classes!r}", "List at least one class name.")
+    for name in classes:
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise InputError(f"classes holds {name!r}", "Give every class a printable name.")
+        if list(classes).count(name) > 1:
+            raise InputError(f"classes names {name!r} twice", "List each class once.")
+    return tuple(classes)
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:

@@ -22,6 +22,7 @@ from .errors import InputError
 
 __all__ = [
     "EXTENSIONS",
+    "IMAGE_SUFFIXES",
     "MAX_BYTES",
     "MAX_PIXELS",
     "ImageHeader",
@@ -41,6 +42,8 @@ MAX_PIXELS = 80_000_000  # a 20,000×20,000 picture (1.2 GB of RGB) is refused f
 
 # Formats that cameras and labelling tools write, and the extension under which their frames are kept.
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp", "WEBP": "webp", "TIFF": "tif"}
+# Names that files of these formats have in folders of images.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # The plugins' classes instead of Image.open: that one warns through process-wide filters, which is no business for
 # threads, and takes a camera's JPEG with a second picture in it (MPO, HDR gain map) for an animation.
 _READERS: dict[str, type[ImageFile.ImageFile]] = {

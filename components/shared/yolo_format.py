@@ -17,9 +17,9 @@ import yaml
 
 from .dataset import Box
 from .errors import InputError
+from .images import IMAGE_SUFFIXES
 
 __all__ = [
-    "IMAGE_SUFFIXES",
     "YoloData",
     "label_path",
     "own_label_path",
@@ -28,7 +28,6 @@ __all__ = [
     "split_images",
 ]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _SPLIT_KEYS = ("train", "val", "test")
 _MAX_BYTES = 16 * 2**20  # of a text file; an image has hundreds of label lines at the very most
 _SLACK = 0.01  # labelling tools round: Ultralytics lets values overstep by this much too
