@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from haechi.components.shared.errors import HaechiError, InputError
+from haechi.serving.command import add_arguments as add_serve_arguments
 
 __all__ = ["VERBS", "Verb", "build_parser", "main"]
 
@@ -273,25 +274,10 @@ def _evaluate(arguments: Arguments) -> int:
     return 0
 
 
-def _serve_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, help="model folder")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
-    parser.add_argument("--http-port", type=int, default=8080, help="HTTP port (default %(default)s)")
-    parser.add_argument("--grpc-port", type=int, default=8081, help="gRPC port (default %(default)s)")
-    parser.add_argument("--allow-unverified", action="store_true", help="serve a folder that has no golden images")
-
-
 def _serve(arguments: Arguments) -> int:
-    from haechi.serving.serve import serve
+    from haechi.serving.command import run
 
-    serve(
-        arguments.model,
-        http_port=arguments.http_port,
-        grpc_port=arguments.grpc_port,
-        host=arguments.host,
-        allow_unverified=arguments.allow_unverified,
-    )
-    return 0
+    return run(arguments)
 
 
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
@@ -372,7 +358,7 @@ VERBS: dict[str, Verb] = {
     "submit": Verb("start a run on Kubeflow Pipelines", _submit_arguments, _submit, reports=True),
     "export": Verb("turn a checkpoint into a model folder", _export_arguments, _export, reports=True),
     "evaluate": Verb("measure a model on labelled images", _evaluate_arguments, _evaluate, reports=True),
-    "serve": Verb("serve a model folder over HTTP", _serve_arguments, _serve),
+    "serve": Verb("serve a model folder over HTTP", add_serve_arguments, _serve),
     "predict": Verb("detect in images, here or at an endpoint", _predict_arguments, _predict),
     "review": Verb("list and answer review tasks", _review_arguments, _review),
 }

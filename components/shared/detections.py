@@ -191,30 +191,39 @@ def _overlapping(
     return both
 
 
-def decode_output(raw: Floats, kind: str, placed: Letterbox, conf: float, iou: float, max_det: int) -> Detections:
+def decode_output(
+    raw: Floats, kind: str, placed: Letterbox, conf: float | Sequence[float], iou: float, max_det: int
+) -> Detections:
     """Turn one image's raw network output into detections in source pixels.
 
     Args:
         raw: `dense` (4 + classes, anchors) with centre x, y, width, height; or `end2end` (n, 6).
         kind: as in Head.
         placed: the letterbox of that image.
-        conf: drop what scores lower.
+        conf: drop what scores lower, one limit or one a class.
         iou: boxes of one class that overlap more are one (dense heads only).
         max_det: keep at most this many.
     """
+    limits = np.asarray(conf, dtype=np.float32)
     if kind == "dense":
         scores = raw[4:].max(axis=0)
         # A broken network's NaN is no box.
-        chosen = np.flatnonzero((scores >= conf) & np.isfinite(raw[:4]).all(axis=0))
-        scores = scores[chosen]
+        chosen = np.flatnonzero((scores >= limits.min()) & np.isfinite(raw[:4]).all(axis=0))
         class_ids = raw[4:, chosen].argmax(axis=0).astype(np.int64)
+        if limits.ndim:
+            enough = scores[chosen] >= limits[class_ids]
+            chosen, class_ids = chosen[enough], class_ids[enough]
+        scores = scores[chosen]
         centre, half = raw[:2, chosen].T, raw[2:4, chosen].T / 2
         boxes = np.concatenate([centre - half, centre + half], axis=1)
         kept = non_maximum_suppression(boxes, scores, class_ids, iou, max_det)
     else:
         raw = raw[np.isfinite(raw).all(axis=1)]
         boxes, scores, class_ids = raw[:, :4], raw[:, 4], raw[:, 5].round().astype(np.int64)
-        chosen = np.flatnonzero(scores >= conf)
+        if limits.ndim:  # a class that the model does not have reaches no limit
+            known = (class_ids >= 0) & (class_ids < len(limits))
+            limits = np.where(known, limits[np.where(known, class_ids, 0)], np.inf)
+        chosen = np.flatnonzero(scores >= limits)
         kept = chosen[np.argsort(-scores[chosen], kind="stable")][:max_det]
     boxes, scores, class_ids = boxes[kept], scores[kept], class_ids[kept]
     boxes = (boxes - np.array([placed.left, placed.top] * 2, dtype=np.float32)) / np.float32(placed.gain)
@@ -328,14 +337,25 @@ class Detector:
         self, prepared: Sequence[tuple[Pixels, Letterbox]], conf: float = 0.25, iou: float = 0.7, max_det: int = 300
     ) -> list[Detections]:
         """Detect in what `prepare` made, so that threads can decode and letterbox while the network works."""
-        found: list[Detections | None] = [None] * len(prepared)
+        raws = self.infer_prepared(prepared)
+        return [self.decode(raw, placed, conf, iou, max_det) for raw, (_, placed) in zip(raws, prepared, strict=True)]
+
+    def decode(
+        self, raw: Floats, placed: Letterbox, conf: float | Sequence[float], iou: float, max_det: int
+    ) -> Detections:
+        """`decode_output` for this network's head."""
+        return decode_output(raw, self.head.kind, placed, conf, iou, max_det)
+
+    def infer_prepared(self, prepared: Sequence[tuple[Pixels, Letterbox]]) -> list[Floats]:
+        """The raw output for each image of what `prepare` made; those of one shape share runs of the network."""
+        found: list[Floats | None] = [None] * len(prepared)
         shapes = sorted({canvas.shape for canvas, _ in prepared})
         for shape in shapes:
             same = [index for index, (canvas, _) in enumerate(prepared) if canvas.shape == shape]
             for members in (same[start : start + _BATCH] for start in range(0, len(same), _BATCH)):
                 raw = self.infer(to_tensor([prepared[index][0] for index in members]))
                 for row, index in enumerate(members):
-                    found[index] = decode_output(raw[row], self.head.kind, prepared[index][1], conf, iou, max_det)
+                    found[index] = raw[row]
         return [item for item in found if item is not None]
 
 

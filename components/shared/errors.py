@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 __all__ = [
+    "AccessError",
+    "DeadlineError",
     "DeployError",
     "DeployRefused",
     "HaechiError",
@@ -10,6 +12,8 @@ __all__ = [
     "IntegrityError",
     "ModelError",
     "NoDataError",
+    "NotFoundError",
+    "NotReadyError",
     "OverloadError",
     "SettingsError",
     "StorageError",
@@ -27,7 +31,7 @@ class HaechiError(Exception):
     """
 
     exit_code = 1
-    http_status = 500
+    http_status: int = 500
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         self.problem = problem.rstrip(". ")
@@ -86,6 +90,42 @@ class OverloadError(HaechiError):
 
     exit_code = 13
     http_status = 503
+
+
+class NotReadyError(HaechiError):
+    """What was asked for is still loading."""
+
+    exit_code = 15
+    http_status = 503
+
+
+class NotFoundError(HaechiError):
+    """There is no such model, version or address."""
+
+    exit_code = 16
+    http_status = 404
+
+
+class DeadlineError(HaechiError):
+    """The time that a request may take is over."""
+
+    exit_code = 17
+    http_status = 504
+
+
+class AccessError(HaechiError):
+    """The caller is unknown (401), or may not do this (403).
+
+    Args:
+        problem, remedy: as in HaechiError; neither tells a secret or what would have been right.
+        known: the caller is known, but not allowed.
+    """
+
+    exit_code = 18
+
+    def __init__(self, problem: str, remedy: str = "", known: bool = False) -> None:
+        super().__init__(problem, remedy)
+        self.http_status = 403 if known else 401
 
 
 class TrackingError(HaechiError):

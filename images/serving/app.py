@@ -1,27 +1,31 @@
-"""The HTTP side: routes, bounded bodies, and errors as `{"error": ...}`. What it answers is made by codecs and engine."""
+"""The HTTP side: routes, bounded bodies, who may call, and errors as `{"error": ...}`."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from haechi.components.shared.errors import HaechiError, OverloadError
 
-from .codecs import v1_answer, v1_images
-from .engine import Engine, Models
+from .service import Call, Role, Service
+from .v1 import v1_answer, v1_request
 
-__all__ = ["MAX_BODY", "MAX_HELD", "create_app"]
+__all__ = ["MAX_BODY", "allow", "bounded_body", "call_of", "create_app", "service_of"]
 
 MAX_BODY = 64 * 2**20
-MAX_HELD = 8 * MAX_BODY  # of bodies that are still arriving, all connections together
+_HELD = 8  # times the limit of one body: what bodies that are still arriving may take, all connections together
 _BODY_SECONDS = 60.0
+_ID = "x-request-id"
 
 _log = logging.getLogger(__name__)
 
@@ -33,8 +37,14 @@ class _Held:
     bytes: int = 0
 
 
-def create_app(models: Models) -> Starlette:
-    """The application that serves `models` (Open Inference Protocol health, V1 predict)."""
+def create_app(service: Service, max_body: int = MAX_BODY, more: tuple[BaseRoute, ...] = ()) -> ASGIApp:
+    """The application: Open Inference Protocol health and V1.
+
+    Args:
+        service: what answers.
+        max_body: bytes of one request's body.
+        more: routes of other rooms (metrics, documentation, administration).
+    """
     routes = [
         Route("/", _alive),
         Route("/v2/health/live", _live),
@@ -43,14 +53,62 @@ def create_app(models: Models) -> Starlette:
         # Before the next one, which would take the verb for a part of the name.
         Route("/v1/models/{name}:predict", _v1_predict, methods=["POST"]),
         Route("/v1/models/{name}", _v1_model),
+        *more,
     ]
-    app = Starlette(
-        routes=routes,
-        exception_handlers={HaechiError: _failed, HTTPException: _failed, Exception: _failed},
-    )
-    app.state.models = models
+    app = Starlette(routes=routes, exception_handlers={HaechiError: failed, HTTPException: failed, Exception: failed})
+    app.state.service = service
+    app.state.max_body = max_body
     app.state.held = _Held()
-    return app
+    return _Watched(app, service)
+
+
+class _Watched:
+    """Around everything: one `Call` a request, its id in the answer, its status, and the observers told of it."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        call = Call("http", scope["path"], scope["method"])
+        # A header is written back only if it is one that we would have sent.
+        if (asked := headers.get(_ID, "")) and len(asked) <= 128 and asked.isprintable() and asked.isascii():
+            call.request_id = asked
+        call.camera = headers.get("x-haechi-camera", "")
+        scope["haechi.call"] = call
+
+        async def watched_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                call.status = message["status"]
+                MutableHeaders(scope=message)[_ID] = call.request_id
+            await send(message)
+
+        with self._service.observed(call):
+            await self._app(scope, receive, watched_send)
+
+
+def call_of(request: Request) -> Call:
+    """The call that a request is."""
+    call: Call = request.scope["haechi.call"]
+    return call
+
+
+def service_of(request: Request) -> Service:
+    """The service that answers it."""
+    service: Service = request.app.state.service
+    return service
+
+
+async def allow(request: Request, role: Role) -> None:
+    """Let the request go on if its caller may.
+
+    Raises:
+        AccessError: unknown, or not allowed.
+    """
+    call_of(request).caller = await service_of(request).access.check(request.headers, role)
 
 
 async def _alive(request: Request) -> Response:
@@ -62,49 +120,42 @@ async def _live(request: Request) -> Response:
 
 
 async def _ready(request: Request) -> Response:
-    ready = _models(request).ready
+    ready = service_of(request).models.ready
     return JSONResponse({"ready": ready}, 200 if ready else 503)
 
 
 async def _list(request: Request) -> Response:
-    return JSONResponse({"models": _models(request).names()})
+    return JSONResponse({"models": service_of(request).models.names()})
 
 
 async def _v1_model(request: Request) -> Response:
-    ready = _known(request) is not None
-    return JSONResponse({"name": request.path_params["name"], "ready": ready}, 200 if ready else 503)
+    name = request.path_params["name"]
+    models = service_of(request).models
+    if not models.known(name):
+        models.find(name)
+    ready = models.get(name) is not None
+    return JSONResponse({"name": name, "ready": ready}, 200 if ready else 503)
 
 
 async def _v1_predict(request: Request) -> Response:
-    engine = _known(request)
-    if engine is None:
-        raise HTTPException(503, f"model {request.path_params['name']} is still loading")
+    call = call_of(request)
+    call.protocol = "v1"
+    await allow(request, Role.PREDICT)
+    name = request.path_params["name"]
+    service_of(request).models.find(name)  # before a body is read for nothing
     content_type = request.headers.get("content-type", "")
-    body = await _bounded_body(request)
-
-    def work() -> bytes:
-        return v1_answer(engine.model, engine.predict(v1_images(body, content_type)))
-
-    return Response(await engine.submit(work), media_type="application/json")
+    body = await bounded_body(request)
+    parse = partial(v1_request, body, content_type, dict(request.query_params))
+    answer = await service_of(request).infer(call, name, "", parse, v1_answer)
+    return Response(answer, media_type="application/json")
 
 
-def _models(request: Request) -> Models:
-    models: Models = request.app.state.models
-    return models
-
-
-def _known(request: Request) -> Engine | None:
-    models, name = _models(request), request.path_params["name"]
-    if not models.known(name):
-        raise HTTPException(404, f"there is no model {name!r} here, only {', '.join(models.names())}")
-    return models.get(name)
-
-
-async def _bounded_body(request: Request) -> bytes:
-    """The whole body, of at most MAX_BODY bytes, sent within a minute."""
+async def bounded_body(request: Request) -> bytes:
+    """The whole body, no larger than is allowed, sent within a minute."""
+    most = request.app.state.max_body
     announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > MAX_BODY:
-        raise _too_large()
+    if announced.isdigit() and int(announced) > most:
+        raise _too_large(most)
     parts: list[bytes] = []
     size = 0
     held = request.app.state.held
@@ -112,11 +163,11 @@ async def _bounded_body(request: Request) -> bytes:
         async with asyncio.timeout(_BODY_SECONDS):
             async for part in request.stream():
                 size += len(part)
-                if size > MAX_BODY:
-                    raise _too_large()
+                if size > most:
+                    raise _too_large(most)
                 held.bytes += len(part)
                 parts.append(part)
-                if held.bytes > MAX_HELD:
+                if held.bytes > _HELD * most:
                     raise OverloadError(f"the server holds {held.bytes} bytes of bodies", "Try again in a moment.")
     except TimeoutError:
         raise HTTPException(408, f"the body did not arrive within {_BODY_SECONDS:.0f} s") from None
@@ -124,16 +175,18 @@ async def _bounded_body(request: Request) -> bytes:
         raise HTTPException(400, "the client went away") from None
     finally:
         held.bytes -= sum(map(len, parts))
+        call_of(request).bytes_in = size
     return b"".join(parts)
 
 
-def _too_large() -> HTTPException:
+def _too_large(most: int) -> HTTPException:
     # What is still coming is not read, so the connection cannot be used again.
-    return HTTPException(413, f"the body has more than {MAX_BODY} bytes", {"connection": "close"})
+    return HTTPException(413, f"the body has more than {most} bytes", {"connection": "close"})
 
 
-async def _failed(request: Request, error: Exception) -> Response:
+async def failed(request: Request, error: Exception) -> Response:
     """Any error as `{"error": ...}` with its status."""
+    call_of(request).error = error
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
     if isinstance(error, HaechiError):

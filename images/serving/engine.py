@@ -1,131 +1,100 @@
-"""The engine: one verified model, and a bounded pool of threads that runs it, so that the event loop never waits."""
+"""The engine: one verified model that turns requests into predictions, and the register of those that are served."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
-from haechi.components.shared.detections import Detections, Detector
-from haechi.components.shared.errors import InputError, IntegrityError, ModelError, OverloadError
+import numpy as np
+from numpy.typing import NDArray
+
+from haechi.components.shared.detections import Detector, Letterbox
+from haechi.components.shared.errors import InputError, IntegrityError, ModelError, NotFoundError, NotReadyError
 from haechi.components.shared.images import decode
 from haechi.components.shared.model_folder import ModelFolder, check_golden
 
-__all__ = ["Engine", "EngineOptions", "Models", "Prediction"]
+from .inference import MIN_CONF, Image, InferenceRequest, Parameters, Prediction
+from .settings import ServingSettings
+from .stages import Stages
 
-_Result = TypeVar("_Result")
+__all__ = ["Engine", "Models"]
 
-# The lowest limit at which the network's output is decoded; the thresholds of model.json then decide by class.
-_FLOOR = 0.001
 _CHUNK = 8  # images decoded at a time; what is held beyond that are encoded bytes
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """What an engine may use.
-
-    Attributes:
-        threads: compute threads of one run of the network; 0 lets onnxruntime choose.
-        workers: requests worked on at the same time.
-        queue: requests that may wait beyond those; one more is refused at once.
-        max_pixels: larger images are refused from their header.
-    """
-
-    threads: int = 0
-    workers: int = 2
-    queue: int = 32
-    max_pixels: int = 40_000_000
-
-    def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise InputError(f"threads is {self.threads}", "Give 0 (automatic) or more.")
-        if self.workers < 1 or self.queue < 0:
-            raise InputError(f"workers is {self.workers} and queue {self.queue}", "Give at least 1 and 0.")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Detections in one image, above the model's threshold of each class, and the upright image's size in pixels."""
-
-    detections: Detections
-    width: int
-    height: int
-
-
 class Engine:
-    """One model folder, opened and verified, ready to predict.
+    """One model folder, opened and verified, ready to predict in any number of threads.
 
     Args:
         folder: the model folder.
         model: its description, digest already checked (`ModelFolder.load`).
-        options: what it may use.
+        settings: what it may use.
 
     Raises:
         ModelError, IntegrityError: the graph cannot be opened, or its golden images give other boxes.
     """
 
-    def __init__(self, folder: Path, model: ModelFolder, options: EngineOptions) -> None:
+    def __init__(self, folder: Path, model: ModelFolder, settings: ServingSettings) -> None:
         self.model = model
-        self.options = options
-        self._detector = model.detector(folder, options.threads)
+        self._max_pixels = settings.max_pixels
+        self._detector = model.detector(folder, settings.threads)
         if model.golden:
             _verify(folder, model, self._detector)
-        self._pool = ThreadPoolExecutor(options.workers, thread_name_prefix="engine")
-        self._taken = 0
 
-    async def submit(self, work: Callable[[], _Result]) -> _Result:
-        """Run `work` in the pool.
+    def predict(self, request: InferenceRequest, stages: Stages | None = None) -> list[Prediction]:
+        """Detect in the images of a request; blocks, so call it in a thread.
 
         Raises:
-            OverloadError: as many requests wait as may.
+            InputError: an image cannot be decoded (its place is named where there are several), or a class is unknown.
         """
-        if self._taken >= self.options.workers + self.options.queue:
-            raise OverloadError(f"the server holds {self._taken} requests already", "Try again in a moment.")
-        # Counted until the thread is free again, also where the client has gone meanwhile.
-        self._taken += 1
-        loop = asyncio.get_running_loop()
-        future = self._pool.submit(work)
-        future.add_done_callback(lambda _: _on_loop(loop, self._release))
-        return await asyncio.wrap_future(future)
-
-    def predict(self, images: Sequence[bytes]) -> list[Prediction]:
-        """Detect in encoded images; call it through `submit`.
-
-        Raises:
-            InputError: one cannot be decoded; its place is named where there are several.
-        """
-        limits = self.model.limits()
-        conf = max(_FLOOR, min(limits))
+        stages = Stages() if stages is None else stages
+        wanted = request.parameters
+        limits = _limits(self.model, wanted)
+        iou = self.model.iou if wanted.iou is None else wanted.iou
         found: list[Prediction] = []
-        for start in range(0, len(images), _CHUNK):
-            prepared = []
-            for place, data in enumerate(images[start : start + _CHUNK], start):
-                try:
-                    prepared.append(self._detector.prepare(decode(data, self.options.max_pixels)))
-                except InputError as error:
-                    where = f"image {place}: " if len(images) > 1 else ""
-                    raise InputError(where + error.problem, error.remedy) from error
-            results = self._detector.detect_prepared(prepared, conf=conf, iou=self.model.iou)
-            found += [
-                Prediction(result.above(limits), placed.width, placed.height)
-                for result, (_, placed) in zip(results, prepared, strict=True)
-            ]
+        for start in range(0, len(request.images), _CHUNK):
+            with stages.timed("decode"):
+                prepared = [
+                    self._prepare(image, place if len(request.images) > 1 else -1)
+                    for place, image in enumerate(request.images[start : start + _CHUNK], start)
+                ]
+            with stages.timed("infer"):
+                raws = self._detector.infer_prepared(prepared)
+            with stages.timed("post"):
+                for raw, (_, placed) in zip(raws, prepared, strict=True):
+                    detections = self._detector.decode(raw, placed, limits, iou, wanted.max_det)
+                    found.append(Prediction(detections, placed.width, placed.height))
         return found
 
-    def close(self) -> None:
-        """Let running work end and the threads go."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def _prepare(self, image: Image, place: int) -> tuple[NDArray[np.uint8], Letterbox]:
+        try:
+            return self._detector.prepare(_pixels(image, self._max_pixels))
+        except InputError as error:
+            where = f"image {place}: " if place >= 0 else ""
+            raise InputError(where + error.problem, error.remedy) from error
 
-    def _release(self) -> None:
-        self._taken -= 1
+
+def _pixels(image: Image, max_pixels: int) -> NDArray[np.uint8]:
+    """RGB uint8 (height, width, 3)."""
+    if isinstance(image, bytes):
+        return decode(image, max_pixels)
+    height, width = image.shape[:2] if image.dtype == np.uint8 else image.shape[1:]
+    if height * width > max_pixels:
+        raise InputError(f"the image is {width}x{height}, more than {max_pixels} pixels", "Scale it down.")
+    if image.dtype == np.uint8:
+        return image.astype(np.uint8, copy=False)
+    # NaN fails both comparisons.
+    if not (image.min() >= 0 and image.max() <= 1):
+        raise InputError("the tensor's values are not all from 0 to 1", "Divide pixels by 255; NaN is no pixel.")
+    # Back to the bytes they were made of: one way through the letterbox, whatever a client sends.
+    return np.ascontiguousarray(np.rint(image * 255).astype(np.uint8).transpose(1, 2, 0))
 
 
-def _on_loop(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(work)
+def _limits(model: ModelFolder, wanted: Parameters) -> Sequence[float]:
+    """The least score to report, a class; infinity for classes that were not asked for."""
+    limits = [max(MIN_CONF, limit if wanted.conf is None else wanted.conf) for limit in model.limits()]
+    chosen = wanted.class_ids(model.classes)
+    return [limit if not chosen or index in chosen else np.inf for index, limit in enumerate(limits)]
 
 
 def _verify(folder: Path, model: ModelFolder, detector: Detector) -> None:
@@ -152,11 +121,9 @@ class Models:
         """Make a name known before its engine is there."""
         self._engines.setdefault(name, None)
 
-    def put(self, engine: Engine) -> Engine | None:
-        """Serve `engine` from now on; the one that it replaces, which its caller closes."""
-        former = self._engines.get(engine.model.name)
-        self._engines[engine.model.name] = engine
-        return former
+    def put(self, name: str, engine: Engine) -> None:
+        """Serve `engine` under `name` from now on; requests that the former one has begun end with it."""
+        self._engines[name] = engine
 
     def names(self) -> list[str]:
         """Names of all models, sorted."""
@@ -173,10 +140,26 @@ class Models:
     @property
     def ready(self) -> bool:
         """Whether every model may be asked."""
-        return bool(self._engines) and all(engine is not None for engine in self._engines.values())
+        return bool(self._engines) and all(self._engines.values())
 
-    def close(self) -> None:
-        """Close all engines."""
-        for engine in self._engines.values():
-            if engine is not None:
-                engine.close()
+    def find(self, name: str, version: str = "") -> Engine:
+        """The engine of a model that may be asked.
+
+        Args:
+            name: of the model.
+            version: the version that the caller wants; empty for whichever is served.
+
+        Raises:
+            NotFoundError: no such model, or another version.
+            NotReadyError: it is still loading.
+        """
+        if name not in self._engines:
+            raise NotFoundError(f"there is no model {name[:80]!r} here", f"Ask for {', '.join(self.names())}.")
+        engine = self._engines[name]
+        if engine is None:
+            raise NotReadyError(f"model {name} is still loading", "Try again in a moment.")
+        if version and version != engine.model.version:
+            raise NotFoundError(
+                f"model {name} has no version {version[:80]!r} here", f"Version {engine.model.version} is served."
+            )
+        return engine

@@ -15,11 +15,13 @@ import uvicorn
 from haechi.components.shared.errors import InputError, ModelError
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.progress import say
-from haechi.components.shared.settings import Settings
 
 from .app import create_app
-from .engine import Engine, EngineOptions, Models
+from .engine import Engine, Models
 from .health import grpc_server
+from .pool import Pool
+from .service import Service
+from .settings import ServingSettings
 
 __all__ = ["serve"]
 
@@ -32,35 +34,38 @@ def serve(
     grpc_port: int = 8081,
     host: str = "127.0.0.1",
     allow_unverified: bool = False,
-    threads: int | None = None,
-    workers: int = 2,
+    name: str = "",
+    settings: ServingSettings | None = None,
 ) -> None:
     """Serve a model folder until SIGTERM or SIGINT, then finish what has begun and return.
 
     Args:
         model: the model folder.
-        http_port, grpc_port: ports; 0 takes a free one. The gRPC port answers grpc.health.v1.
+        http_port, grpc_port: ports; 0 takes a free one.
         host: address to listen on.
         allow_unverified: serve a folder that has no golden images to prove it.
-        threads: compute threads of one run of the network; default HAECHI_THREADS.
-        workers: requests worked on at the same time.
+        name: what clients call the model; default as in its description.
+        settings: default from the environment.
 
     Raises:
         ModelError, IntegrityError: the folder is unusable, unproven, or gives other boxes than its golden ones.
         InputError: a port is taken.
+        SettingsError: a setting is malformed.
     """
     started = time.monotonic()
+    settings = settings or ServingSettings.from_env()
     description = ModelFolder.load(model)
     if not description.golden and not allow_unverified:
         raise ModelError(
             f"{model} has no golden images, so nothing proves that it gives the right boxes here",
             "Export it with `--images` or `--data`, or serve it with --allow-unverified.",
         )
-    options = EngineOptions(Settings.from_env().threads if threads is None else threads, workers)
+    name = name or description.name
     models = Models()
-    models.announce(description.name)
+    models.announce(name)
+    service = Service(models, Pool(settings.workers or 2, settings.queue), settings.timeout)
     config = uvicorn.Config(
-        create_app(models),
+        create_app(service, settings.max_body),
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -68,28 +73,26 @@ def serve(
     )
 
     async def load() -> None:
-        models.put(await asyncio.to_thread(Engine, model, description, options))
+        models.put(name, await asyncio.to_thread(Engine, model, description, settings))
         seconds = time.monotonic() - started
-        say(
-            f"{description.name} {description.version} is ready on {host}:{listener.getsockname()[1]} ({seconds:.1f} s)"
-        )
+        say(f"{name} {description.version} is ready on {host}:{listener.getsockname()[1]} ({seconds:.1f} s)")
 
     listener = _listen(host, http_port)
     with contextlib.closing(listener), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_run(_Server(config), models, listener, f"{host}:{grpc_port}", load))
+        runner.run(_run(_Server(config), service, listener, f"{host}:{grpc_port}", load))
     say("stopped: what had begun is answered")
 
 
 async def _run(
     server: _Server,
-    models: Models,
+    service: Service,
     listener: socket.socket,
     grpc_address: str,
     load: Callable[[], Coroutine[None, None, None]],
 ) -> None:
     """Both sides up at once, alive but not ready; the model loads beside them, and its failure ends them."""
     try:
-        grpc_side, grpc_port = grpc_server(models, grpc_address)
+        grpc_side, grpc_port = grpc_server(service.models, grpc_address)
     except RuntimeError as error:
         raise InputError(
             f"cannot listen on {grpc_address} for gRPC ({error})", "Choose another --grpc-port."
@@ -103,7 +106,7 @@ async def _run(
         await loading
     finally:
         await grpc_side.stop(_DRAIN_SECONDS)
-        await asyncio.to_thread(models.close)
+        await asyncio.to_thread(service.pool.close)
 
 
 class _Server(uvicorn.Server):

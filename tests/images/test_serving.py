@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -14,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,81 +21,21 @@ import numpy as np
 import pytest
 from starlette.requests import Request
 
-from haechi.components.shared.errors import InputError, ModelError, OverloadError
+from haechi.components.shared.errors import InputError, ModelError, OverloadError, SettingsError
 from haechi.components.shared.files import read_json, write_json
 from haechi.components.shared.images import encode_jpeg
 from haechi.serving import app as serving_app
 from haechi.serving.app import create_app
-from haechi.serving.codecs import v1_images
-from haechi.serving.engine import Engine, EngineOptions, Models
+from haechi.serving.engine import Engine, Models
+from haechi.serving.pool import Pool
 from haechi.serving.serve import serve
+from haechi.serving.service import Call, Service
+from haechi.serving.settings import ServingSettings
+from haechi.serving.v1 import v1_request
+from tests.serving_process import Running, running, start
 from tests.tiny_models import cell_box, paint, shade, tiny_model_folder
 
 SCENE = paint({(2, 3): shade(0, 0.9), (5, 5): shade(1, 0.6), (7, 7): shade(0, 0.3)})
-_MAIN = """
-import sys
-from pathlib import Path
-from haechi.components.shared.errors import HaechiError
-from haechi.serving.serve import serve
-try:
-    serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), allow_unverified="unverified" in sys.argv)
-except HaechiError as error:
-    sys.stderr.write(str(error)); sys.exit(error.exit_code)
-"""
-
-
-@dataclass
-class Running:
-    process: subprocess.Popen[str]
-    http: int
-    grpc: int
-    version: str
-    seconds_to_ready: float
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.http}"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def start(folder: Path, *arguments: str, http: int = 0, grpc_port: int = 0) -> Running:
-    http, grpc_port = http or free_port(), grpc_port or free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-c", _MAIN, str(folder), str(http), str(grpc_port), *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "HAECHI_THREADS": "1"},
-    )
-    return Running(process, http, grpc_port, "", 0.0)
-
-
-@contextlib.contextmanager
-def running(folder: Path, *arguments: str) -> Iterator[Running]:
-    begun = time.monotonic()
-    server = start(folder, *arguments)
-    try:
-        while time.monotonic() - begun < 60:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{server.url}/v2/health/ready").status_code == 200:
-                    break
-            assert server.process.poll() is None, server.process.communicate()[1]
-            time.sleep(0.05)
-        server.seconds_to_ready = time.monotonic() - begun
-        server.version = read_json(folder / "model.json")["version"]
-        yield server
-    finally:
-        server.process.terminate()
-        try:
-            server.process.communicate(timeout=40)
-        except subprocess.TimeoutExpired:
-            server.process.kill()
-            server.process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +199,10 @@ def test_a_chunked_body_is_cut_off_at_the_limit(server: Running) -> None:
 
 
 def test_bodies_that_are_still_arriving_share_one_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving_app, "MAX_HELD", 100)
-    app = serving_app.create_app(Models())
+    monkeypatch.setattr(serving_app, "_HELD", 1)
+    watched = create_app(Service(Models(), Pool(1, 0)), max_body=100)
+    assert isinstance(watched, serving_app._Watched)
+    app = watched._app
 
     async def body(*sizes: int, then: asyncio.Event) -> bytes:
         left = list(sizes)
@@ -275,7 +214,8 @@ def test_bodies_that_are_still_arriving_share_one_bound(monkeypatch: pytest.Monk
             return {"type": "http.request", "body": b"x" * left.pop(0), "more_body": True}
 
         scope = {"type": "http", "headers": [], "app": app, "method": "POST", "path": "/"}
-        return await serving_app._bounded_body(Request(scope, receive))
+        scope["haechi.call"] = Call("http", "/")
+        return await serving_app.bounded_body(Request(scope, receive))
 
     async def scene() -> None:
         end = asyncio.Event()
@@ -316,18 +256,18 @@ def test_health_answers_while_predictions_run(server: Running) -> None:
 def test_overload_is_told_at_once_and_passes(tmp_path: Path) -> None:
     """One worker is held and one request waits: the next is refused with 503, and taken again afterwards."""
     folder = tiny_model_folder(tmp_path, ["person"])
-    engine = Engine(tmp_path, folder, EngineOptions(threads=1, workers=1, queue=1))
-    models = Models()
-    models.put(engine)
+    models, pool = Models(), Pool(workers=1, queue=1)
+    models.put("tiny", Engine(tmp_path, folder, ServingSettings(threads=1)))
+    app = create_app(Service(models, pool))
     hold = threading.Event()
 
     async def story() -> list[int]:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(models)), base_url="http://x") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
 
             async def ask() -> int:
                 return (await client.post("/v1/models/tiny:predict", content=SCENE)).status_code
 
-            held = asyncio.create_task(engine.submit(hold.wait))
+            held = asyncio.create_task(pool.run(hold.wait))
             await asyncio.sleep(0.05)
             waiting = asyncio.create_task(ask())
             await asyncio.sleep(0.05)
@@ -340,29 +280,28 @@ def test_overload_is_told_at_once_and_passes(tmp_path: Path) -> None:
     try:
         assert asyncio.run(story()) == [503, 503, 200, 200, 200]
     finally:
-        models.close()
+        pool.close()
 
 
-def test_a_client_that_goes_away_does_not_free_its_place_early(tmp_path: Path) -> None:
-    folder = tiny_model_folder(tmp_path, ["person"])
-    engine = Engine(tmp_path, folder, EngineOptions(threads=1, workers=1, queue=0))
+def test_a_client_that_goes_away_does_not_free_its_place_early() -> None:
+    pool = Pool(workers=1, queue=0)
     hold = threading.Event()
 
     async def story() -> None:
-        gone = asyncio.create_task(engine.submit(hold.wait))
+        gone = asyncio.create_task(pool.run(hold.wait))
         await asyncio.sleep(0.05)
         gone.cancel()
         await asyncio.sleep(0.05)
         with pytest.raises(OverloadError, match="holds 1 requests"):
-            await engine.submit(lambda: None)
+            await pool.run(lambda: None)
         hold.set()
         await asyncio.sleep(0.1)
-        assert await engine.submit(lambda: 7) == 7
+        assert await pool.run(lambda: 7) == 7
 
     try:
         asyncio.run(story())
     finally:
-        engine.close()
+        pool.close()
 
 
 def test_alive_but_not_ready_while_the_model_loads() -> None:
@@ -370,7 +309,7 @@ def test_alive_but_not_ready_while_the_model_loads() -> None:
     models.announce("tiny")
 
     async def story() -> list[int]:
-        transport = httpx.ASGITransport(create_app(models))
+        transport = httpx.ASGITransport(create_app(Service(models, Pool(1, 0))))
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             answers = [
                 await client.get(path) for path in ("/", "/v2/health/live", "/v2/health/ready", "/v1/models/tiny")
@@ -432,7 +371,7 @@ def test_a_folder_without_golden_images_is_refused_unless_allowed(tmp_path: Path
     tiny_model_folder(tmp_path, ["person"], golden=False)
     code, message = refusal(tmp_path)
     assert code == ModelError.exit_code and "no golden images" in message and "--allow-unverified" in message
-    with running(tmp_path, "unverified") as server:
+    with running(tmp_path, "--allow-unverified") as server:
         assert httpx.get(f"{server.url}/v1/models/tiny").json() == {"name": "tiny", "ready": True}
 
 
@@ -443,7 +382,7 @@ def test_golden_images_that_give_other_boxes_end_it(tmp_path: Path) -> None:
     write_json(tmp_path / "golden" / "golden.json", golden)
     code, message = refusal(tmp_path)
     assert code == 7 and "golden images give other boxes" in message
-    assert refusal(tmp_path, "unverified")[0] == 7
+    assert refusal(tmp_path, "--allow-unverified")[0] == 7
 
 
 @pytest.mark.parametrize(
@@ -477,14 +416,32 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         serve(tmp_path / "absent", 0, 0)
 
 
-@pytest.mark.parametrize("options", [{"workers": 0}, {"queue": -1}, {"threads": -1}])
-def test_impossible_options_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(InputError):
-        EngineOptions(**options)
+@pytest.mark.parametrize(
+    ("env", "match"),
+    [
+        ({"HAECHI_SERVING_WORKERS": "-1"}, "WORKERS is -1"),
+        ({"HAECHI_SERVING_QUEUE": "many"}, "QUEUE is 'many'"),
+        ({"HAECHI_SERVING_ENGINE": "magic"}, "ENGINE is 'magic'"),
+        ({"HAECHI_SERVING_SAMPLE_SHARE": "1.5"}, "SAMPLE_SHARE is 1.5"),
+        ({"HAECHI_SERVING_TIMEOUT": "0"}, "TIMEOUT is 0.0"),
+        ({"HAECHI_SERVING_WORKRES": "2"}, "WORKRES is no setting"),
+        ({"HAECHI_SERVING_OIDC_ISSUER": "https://id"}, "only one of"),
+    ],
+)
+def test_impossible_settings_are_refused(env: dict[str, str], match: str) -> None:
+    with pytest.raises(SettingsError, match=match):
+        ServingSettings.from_env(env)
+
+
+def test_settings_come_from_the_environment() -> None:
+    settings = ServingSettings.from_env(
+        {"HAECHI_SERVING_QUEUE": "7", "HAECHI_SERVING_ENGINE": "", "HAECHI_BUCKET": "b"}
+    )
+    assert settings == ServingSettings(queue=7)
 
 
 def test_json_that_claims_to_be_an_image_is_taken_at_its_word() -> None:
-    assert v1_images(b"{}", "image/jpeg") == [b"{}"]
+    assert v1_request(b"{}", "image/jpeg", {}).images == (b"{}",)
 
 
 def test_the_runtime_needs_nothing_of_the_other_images() -> None:

@@ -1,46 +1,54 @@
-"""Codecs: the bytes of a request to encoded images, and predictions to the bytes of an answer. No I/O, no loop."""
+"""The V1 protocol: the bytes of a request to images, and predictions to the bytes of an answer. No I/O, no loop."""
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from haechi.components.shared.errors import InputError
 from haechi.components.shared.images import sniff
-from haechi.components.shared.model_folder import ModelFolder
 
-from .engine import Prediction
+from .engine import Engine
+from .inference import MAX_IMAGES, InferenceRequest, Parameters, Prediction
 
-__all__ = ["MAX_INSTANCES", "v1_answer", "v1_images"]
+__all__ = ["v1_answer", "v1_request"]
 
-MAX_INSTANCES = 64
 _FORM = 'Send {"instances": [{"image": {"b64": "<base64 of a JPEG>"}}]}, or the image itself as an image/* body.'
 
 
-def v1_images(body: bytes, content_type: str) -> list[bytes]:
-    """The encoded images of a V1 predict request.
+def v1_request(body: bytes, content_type: str, parameters: Mapping[str, Any]) -> InferenceRequest:
+    """The request of a V1 predict body.
 
     An `image/*` body is one image. `application/json` (with any parameters) is the V1 form. Whatever else, or nothing,
     is told by its first bytes.
 
+    Args:
+        body, content_type: as they came.
+        parameters: of the address; those in a JSON body go before them.
+
     Raises:
-        InputError: not JSON of that form, not base64, or too many instances.
+        InputError: not JSON of that form, not base64, too many instances, or a parameter is out of its range.
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind.startswith("image/") or (kind != "application/json" and sniff(body) is not None):
-        return [body]
-    instances = _object(body).get("instances")
+        return InferenceRequest((body,), Parameters.read(parameters))
+    entry = _object(body)
+    instances, own = entry.get("instances"), entry.get("parameters", {})
     if not isinstance(instances, list) or not instances:
         raise InputError("`instances` is not a list of at least one image", _FORM)
-    if len(instances) > MAX_INSTANCES:
-        raise InputError(f"`instances` has {len(instances)} images", f"Send at most {MAX_INSTANCES} in one request.")
-    return [_instance(entry, place) for place, entry in enumerate(instances)]
+    if not isinstance(own, dict):
+        raise InputError("`parameters` is not an object", _FORM)
+    if len(instances) > MAX_IMAGES:
+        raise InputError(f"`instances` has {len(instances)} images", f"Send at most {MAX_IMAGES} in one request.")
+    images = tuple(_instance(entry, place) for place, entry in enumerate(instances))
+    return InferenceRequest(images, Parameters.read({**parameters, **own}))
 
 
-def v1_answer(model: ModelFolder, predictions: Sequence[Prediction]) -> bytes:
+def v1_answer(engine: Engine, request: InferenceRequest, predictions: Sequence[Prediction]) -> bytes:
     """The V1 answer: per image the detections in pixels of the upright source image, and its size."""
+    model = engine.model
     rows = [
         {"detections": item.detections.to_list(model.classes), "width": item.width, "height": item.height}
         for item in predictions

@@ -1,0 +1,216 @@
+"""The service: what both protocols share, from the admission of a request to its answer, and who watches it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol, TypeVar
+
+from haechi.components.shared.errors import AccessError, DeadlineError, HaechiError, OverloadError
+
+from .engine import Engine, Models
+from .inference import InferenceRequest, Prediction
+from .pool import Pool
+from .stages import Stages
+
+__all__ = ["Access", "Call", "Observer", "Open", "Outcome", "Role", "Service"]
+
+_Answer = TypeVar("_Answer")
+
+
+class Role(StrEnum):
+    """What a caller may do; `admin` may predict too."""
+
+    PREDICT = "predict"
+    ADMIN = "admin"
+
+
+class Outcome(StrEnum):
+    """How a call ended, as metrics and log name it."""
+
+    OK = "ok"
+    REFUSED = "refused"  # the request was wrong: 4xx
+    DENIED = "denied"
+    OVERLOAD = "overload"
+    DEADLINE = "deadline"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass
+class Call:
+    """One call as its watchers see it; filled in on the way.
+
+    Attributes:
+        protocol: `v1`, `v2`, `grpc`, or `http` for what is no prediction.
+        method: HTTP method, or empty.
+        path: HTTP path, or the gRPC method.
+        request_id: the caller's own, or one made up.
+        camera: where the images come from, if the caller says so.
+        caller: who calls, if that is known.
+        engine, request, predictions: what it was answered with; None until then, and where it is no prediction.
+        stages: seconds by stage.
+        error: why it failed.
+        status: HTTP status or gRPC status code.
+        bytes_in: of the body or message.
+        begun: time.monotonic() at its start.
+        seconds: how long it took; 0 until it has ended.
+    """
+
+    protocol: str
+    path: str
+    method: str = ""
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    camera: str = ""
+    caller: str = ""
+    engine: Engine | None = None
+    request: InferenceRequest | None = None
+    predictions: list[Prediction] | None = None
+    stages: Stages = field(default_factory=Stages)
+    error: BaseException | None = None
+    status: int = 0
+    bytes_in: int = 0
+    begun: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+
+    @property
+    def outcome(self) -> Outcome:
+        """How it ended, told by its error."""
+        match self.error:
+            case None:
+                return Outcome.OK
+            case AccessError():
+                return Outcome.DENIED
+            case OverloadError():
+                return Outcome.OVERLOAD
+            case DeadlineError():
+                return Outcome.DEADLINE
+            case asyncio.CancelledError():
+                return Outcome.CANCELLED
+            case HaechiError(http_status=status) if status < 500:
+                return Outcome.REFUSED
+        return Outcome.REFUSED if 400 <= self.status < 500 else Outcome.ERROR
+
+
+class Observer(Protocol):
+    """Watches calls; runs on the event loop, so it must neither wait nor raise."""
+
+    def started(self, call: Call) -> None:
+        """A call has begun."""
+
+    def finished(self, call: Call) -> None:
+        """A call has ended; everything about it is known."""
+
+
+class Access(Protocol):
+    """Says who may do what."""
+
+    async def check(self, headers: Mapping[str, str], role: Role) -> str:
+        """The caller's name.
+
+        Args:
+            headers: HTTP headers or gRPC metadata, names in lower case.
+            role: what the call needs.
+
+        Raises:
+            AccessError: unknown, or not allowed.
+        """
+
+
+class Open:
+    """Access where a gateway or mesh has decided already: everyone may predict, nobody may administer."""
+
+    async def check(self, headers: Mapping[str, str], role: Role) -> str:
+        """Let predictions through."""
+        if role is not Role.PREDICT:
+            raise AccessError(
+                "administration is switched off",
+                "Set HAECHI_SERVING_API_KEYS or HAECHI_SERVING_OIDC_ISSUER.",
+                known=True,
+            )
+        return ""
+
+
+class Service:
+    """One runtime: its models, its threads, who may call and who watches.
+
+    Args:
+        models: what is served.
+        pool: where requests are worked on.
+        timeout: seconds that a request may take.
+        access: who may do what.
+        observers: told of every call.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        pool: Pool,
+        timeout: float = 30.0,
+        access: Access | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.models = models
+        self.pool = pool
+        self.timeout = timeout
+        self.access = access or Open()
+        self.observers = tuple(observers)
+
+    @contextmanager
+    def observed(self, call: Call) -> Iterator[None]:
+        """Tell the observers of a call: around all that is done for it."""
+        for observer in self.observers:
+            observer.started(call)
+        try:
+            yield
+        except BaseException as error:
+            call.error = call.error or error
+            raise
+        finally:
+            call.seconds = time.monotonic() - call.begun
+            for observer in self.observers:
+                observer.finished(call)
+
+    async def infer(
+        self,
+        call: Call,
+        name: str,
+        version: str,
+        parse: Callable[[], InferenceRequest],
+        render: Callable[[Engine, InferenceRequest, list[Prediction]], _Answer],
+        seconds: float | None = None,
+    ) -> _Answer:
+        """Answer one prediction; parsing and rendering run in the pool too, since bodies can be large.
+
+        Args:
+            call: what watchers see; engine, request, predictions and stages are filled in.
+            name, version: the model that is asked for; the version may be empty.
+            parse: makes the request of the body.
+            render: makes the answer.
+            seconds: the caller's own time limit, where it is shorter than ours.
+
+        Raises:
+            NotFoundError, NotReadyError: as `Models.find`.
+            OverloadError, DeadlineError: as `Pool.run`.
+            InputError: as `parse`, and what `Engine.predict` says of the images.
+        """
+        # Looked up after the body is there, so that a swap in the meantime is seen.
+        engine = call.engine = self.models.find(name, version)
+        submitted = time.perf_counter()
+
+        def work() -> _Answer:
+            call.stages.add("queue", time.perf_counter() - submitted)
+            with call.stages.timed("decode"):
+                request = parse()
+            predictions = engine.predict(request, call.stages)
+            with call.stages.timed("post"):
+                answer = render(engine, request, predictions)
+            call.request, call.predictions = request, predictions
+            return answer
+
+        return await self.pool.run(work, self.timeout if seconds is None else min(seconds, self.timeout))
