@@ -4,10 +4,10 @@ WORKDIR ?= .haechi/demo
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test lint typecheck compile manifests clean
+.PHONY: help demo test lint typecheck compile manifests bench bench-serving clean
 
 help: ## show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-12s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' Makefile
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -34,6 +34,11 @@ compile: $(READY) ## compile the pipeline into pipelines/compiled
 manifests: $(READY) ## check every YAML file, and the compiled objects against their schemas
 	$(BIN)/yamllint --strict .
 	$(BIN)/python -m pytest -q tests/test_manifests.py
+
+bench: bench-serving ## measure against peers; ratios, raw figures and JSON in .haechi/bench
+
+bench-serving: $(READY) ## the runtime against a bare loop, Ultralytics and the kserve server
+	$(BIN)/python -m tests.bench.serving
 
 clean: ## remove the environment, the working folders and build metadata
 	rm -rf .venv .haechi build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
