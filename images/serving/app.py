@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from haechi.components.shared.errors import HaechiError, OverloadError
 
-from .service import Call, Role, Service
+from .service import REQUEST_ID, Call, Role, Service
 from .v1 import v1_answer, v1_request
 
 __all__ = ["MAX_BODY", "allow", "bounded_body", "call_of", "create_app", "service_of"]
@@ -25,7 +25,6 @@ __all__ = ["MAX_BODY", "allow", "bounded_body", "call_of", "create_app", "servic
 MAX_BODY = 64 * 2**20
 _HELD = 8  # times the limit of one body: what bodies that are still arriving may take, all connections together
 _BODY_SECONDS = 60.0
-_ID = "x-request-id"
 
 _log = logging.getLogger(__name__)
 
@@ -74,20 +73,27 @@ class _Watched:
             return await self._app(scope, receive, send)
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         call = Call("http", scope["path"], scope["method"])
-        # A header is written back only if it is one that we would have sent.
-        if (asked := headers.get(_ID, "")) and len(asked) <= 128 and asked.isprintable() and asked.isascii():
-            call.request_id = asked
-        call.camera = headers.get("x-haechi-camera", "")
+        call.identify(headers)
         scope["haechi.call"] = call
 
         async def watched_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 call.status = message["status"]
-                MutableHeaders(scope=message)[_ID] = call.request_id
+                MutableHeaders(scope=message)[REQUEST_ID] = call.request_id
             await send(message)
 
         with self._service.observed(call):
-            await self._app(scope, receive, watched_send)
+            try:
+                await self._app(scope, receive, watched_send)
+            finally:
+                self._place(call, scope)
+
+    def _place(self, call: Call, scope: Scope) -> None:
+        """Route and model by what the router has found; a name in the path counts only if it is a model's."""
+        call.route = getattr(scope.get("route"), "path", "")
+        name = scope.get("path_params", {}).get("name", "")
+        if not call.model and self._service.models.known(name):
+            call.model = name
 
 
 def call_of(request: Request) -> Call:

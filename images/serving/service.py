@@ -18,7 +18,9 @@ from .inference import InferenceRequest, Prediction
 from .pool import Pool
 from .stages import Stages
 
-__all__ = ["Access", "Call", "Observer", "Open", "Outcome", "Role", "Service"]
+__all__ = ["REQUEST_ID", "Access", "Call", "Observer", "Open", "Outcome", "Role", "Service"]
+
+REQUEST_ID = "x-request-id"
 
 _Answer = TypeVar("_Answer")
 
@@ -50,9 +52,12 @@ class Call:
         protocol: `v1`, `v2`, `grpc`, or `http` for what is no prediction.
         method: HTTP method, or empty.
         path: HTTP path, or the gRPC method.
+        route: the pattern that the HTTP path fits, or empty.
         request_id: the caller's own, or one made up.
         camera: where the images come from, if the caller says so.
+        traceparent, tracestate: the trace that it is part of (W3C), if the caller says so.
         caller: who calls, if that is known.
+        model: the model's name as it is served; empty where that is not known.
         engine, request, predictions: what it was answered with; None until then, and where it is no prediction.
         stages: seconds by stage.
         error: why it failed.
@@ -65,9 +70,13 @@ class Call:
     protocol: str
     path: str
     method: str = ""
+    route: str = ""
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     camera: str = ""
+    traceparent: str = ""
+    tracestate: str = ""
     caller: str = ""
+    model: str = ""
     engine: Engine | None = None
     request: InferenceRequest | None = None
     predictions: list[Prediction] | None = None
@@ -77,6 +86,15 @@ class Call:
     bytes_in: int = 0
     begun: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
+
+    def identify(self, headers: Mapping[str, str]) -> None:
+        """Take what HTTP headers or gRPC metadata (names in lower case) say of the call: its id, camera and trace."""
+        # An id is written back only if it is one that we would have sent.
+        if (asked := headers.get(REQUEST_ID, "")) and len(asked) <= 128 and asked.isprintable() and asked.isascii():
+            self.request_id = asked
+        self.camera = headers.get("x-haechi-camera", "")
+        self.traceparent = headers.get("traceparent", "")
+        self.tracestate = headers.get("tracestate", "")
 
     @property
     def outcome(self) -> Outcome:
@@ -200,6 +218,8 @@ class Service:
             InputError: as `parse`, and what `Engine.predict` says of the images.
         """
         # Looked up after the body is there, so that a swap in the meantime is seen.
+        if self.models.known(name):
+            call.model = name
         engine = call.engine = self.models.find(name, version)
         submitted = time.perf_counter()
 

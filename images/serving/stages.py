@@ -13,14 +13,22 @@ STAGES = ("queue", "decode", "infer", "post")
 
 
 class Stages:
-    """Seconds by stage; one thread writes it at a time."""
+    """Seconds by stage; one thread writes it at a time.
+
+    Attributes:
+        seconds: the sum of each stage.
+        spans: every single stretch: stage, begin and end by `time.perf_counter`.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.spans: list[tuple[str, float, float]] = []
 
     def add(self, stage: str, seconds: float) -> None:
-        """Add to a stage."""
+        """Add to a stage what ends just now."""
+        ended = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        self.spans.append((stage, ended - seconds, ended))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
