@@ -55,6 +55,7 @@ class Call:
         route: the pattern that the HTTP path fits, or empty.
         request_id: the caller's own, or one made up.
         camera: where the images come from, if the caller says so.
+        sample: whether its images may be kept as samples; false where the caller says otherwise.
         traceparent, tracestate: the trace that it is part of (W3C), if the caller says so.
         caller: who calls, if that is known.
         model: the model's name as it is served; empty where that is not known.
@@ -73,6 +74,7 @@ class Call:
     route: str = ""
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     camera: str = ""
+    sample: bool = True
     traceparent: str = ""
     tracestate: str = ""
     caller: str = ""
@@ -93,6 +95,8 @@ class Call:
         if (asked := headers.get(REQUEST_ID, "")) and len(asked) <= 128 and asked.isprintable() and asked.isascii():
             self.request_id = asked
         self.camera = headers.get("x-haechi-camera", "")
+        # Whatever it says: a misspelt `never` must not keep somebody's picture.
+        self.sample = "x-haechi-sample" not in headers
         self.traceparent = headers.get("traceparent", "")
         self.tracestate = headers.get("tracestate", "")
 
