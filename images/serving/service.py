@@ -21,6 +21,8 @@ from .stages import Stages
 __all__ = ["REQUEST_ID", "Access", "Call", "Observer", "Open", "Outcome", "Role", "Service"]
 
 REQUEST_ID = "x-request-id"
+_PROBED = ("/", "/metrics")
+_PROBES = ("/ServerLive", "/ServerReady", "/ModelReady")
 
 _Answer = TypeVar("_Answer")
 
@@ -101,10 +103,17 @@ class Call:
         self.tracestate = headers.get("tracestate", "")
 
     @property
+    def probe(self) -> bool:
+        """Whether a machine asks only how things are: health, readiness, metrics."""
+        if self.protocol == "grpc":
+            return self.path.startswith("/grpc.health.") or self.path.endswith(_PROBES)
+        return self.path in _PROBED or self.path.startswith("/v2/health/") or self.path.endswith("/ready")
+
+    @property
     def outcome(self) -> Outcome:
-        """How it ended, told by its error."""
+        """How it ended, told by its error or else by the status."""
         match self.error:
-            case None:
+            case None if self.status < 400:
                 return Outcome.OK
             case AccessError():
                 return Outcome.DENIED
