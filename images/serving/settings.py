@@ -1,10 +1,10 @@
-"""Settings of the runtime from the environment (`HAECHI_SERVING_*`), checked before anything starts."""
+"""Settings of the runtime from the environment (`HAECHI_SERVING_*` and two `OTEL_*`), checked before anything starts."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from haechi.components.shared.errors import SettingsError
@@ -14,11 +14,12 @@ __all__ = ["ServingSettings"]
 _PREFIX = "HAECHI_SERVING_"
 _ENGINES = ("auto", "onnxruntime", "openvino")
 _PRECISIONS = ("auto", "fp32", "bf16")
+_OTLP = "http/protobuf"
 
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """What the runtime may use. Each field is read from `HAECHI_SERVING_<FIELD>`.
+    """What the runtime may use. Each field is read from `HAECHI_SERVING_<FIELD>` unless said otherwise.
 
     Attributes:
         engine: `onnxruntime`, `openvino`, or `auto` for the fastest that gives the golden boxes.
@@ -40,6 +41,8 @@ class ServingSettings:
         sample_uncertain: the same among requests with a detection near its limit.
         sample_hourly: samples an hour and camera at most.
         sample_service: name under `predictions/` where samples go; empty takes the model's.
+        otlp_endpoint: the collector that traces go to, from OTEL_EXPORTER_OTLP_ENDPOINT; empty for no tracing.
+        otlp_protocol: how it is spoken to, from OTEL_EXPORTER_OTLP_PROTOCOL.
     """
 
     engine: str = "auto"
@@ -62,6 +65,8 @@ class ServingSettings:
     sample_uncertain: float = 0.0
     sample_hourly: int = 60
     sample_service: str = ""
+    otlp_endpoint: str = field(default="", metadata={"env": "OTEL_EXPORTER_OTLP_ENDPOINT"})
+    otlp_protocol: str = field(default=_OTLP, metadata={"env": "OTEL_EXPORTER_OTLP_PROTOCOL"})
 
     def __post_init__(self) -> None:
         self._check(self.engine in _ENGINES, "engine", f"one of {', '.join(_ENGINES)}")
@@ -76,6 +81,11 @@ class ServingSettings:
             raise SettingsError(
                 f"only one of {_PREFIX}OIDC_ISSUER and {_PREFIX}OIDC_AUDIENCE is set", "Set both, or neither."
             )
+        if self.otlp_endpoint and self.otlp_protocol != _OTLP:
+            raise SettingsError(
+                f"OTEL_EXPORTER_OTLP_PROTOCOL is {self.otlp_protocol!r}",
+                f"Set it to {_OTLP}, with the collector's port for that (4318 as a rule).",
+            )
 
     def _check(self, good: bool, name: str, wanted: str) -> None:
         if not good:
@@ -89,12 +99,12 @@ class ServingSettings:
             SettingsError: a value is malformed, or a variable of this prefix is none of ours.
         """
         env = os.environ if env is None else env
-        known = {f"{_PREFIX}{field.name.upper()}": field for field in fields(cls)}
+        known = {entry.metadata.get("env", f"{_PREFIX}{entry.name.upper()}"): entry for entry in fields(cls)}
         stray = sorted(name for name in env if name.startswith(_PREFIX) and name not in known)
         if stray:
             raise SettingsError(f"{stray[0]} is no setting of the runtime", f"There are {', '.join(sorted(known))}.")
         values: dict[str, Any] = {
-            field.name: _typed(name, env[name], type(field.default)) for name, field in known.items() if env.get(name)
+            entry.name: _typed(name, env[name], type(entry.default)) for name, entry in known.items() if env.get(name)
         }
         return cls(**values)
 
