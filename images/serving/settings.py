@@ -37,9 +37,9 @@ class ServingSettings:
         log_share: share of good requests that get an access log line, 0 to 1; all others always do.
         api_keys: file of hashed API keys; empty for none.
         oidc_issuer, oidc_audience, oidc_jwks: of the JSON Web Tokens that are taken; empty for none.
-        sample_share: share of requests, drawn evenly, that are kept as samples; 0 keeps none.
-        sample_uncertain: the same among requests with a detection near its limit.
-        sample_hourly: samples an hour and camera at most.
+        sample_share: share of images, drawn evenly, that are kept as samples; 0 keeps none.
+        sample_uncertain: the same among images with a detection near its limit.
+        sample_hourly: samples an hour and camera at most; 0 for any number.
         sample_service: name under `predictions/` where samples go; empty takes the model's.
         otlp_endpoint: the collector that traces go to, from OTEL_EXPORTER_OTLP_ENDPOINT; empty for no tracing.
         otlp_protocol: how it is spoken to, from OTEL_EXPORTER_OTLP_PROTOCOL.

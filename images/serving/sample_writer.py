@@ -1,0 +1,366 @@
+"""The sample writer: a thread that puts samples and counts into the bucket, and gives up rather than hold on to much.
+
+    predictions/<service>/dt=YYYY-MM-DD/<camera>/<HHMMSS>-<ms>-<id>.<ext>    the image, as it came
+    predictions/<service>/dt=YYYY-MM-DD/<camera>/<HHMMSS>-<ms>-<id>.json     what was said of it; written after it
+    predictions/<service>/dt=YYYY-MM-DD/_counts/<process>-<number>.json      what became of all images meanwhile
+
+A name is made once, so that a write that is repeated writes the same object. docs/sampling.md tells how to read them.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+import uuid
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from haechi.components.shared.errors import StorageError
+from haechi.components.shared.files import sha256_bytes
+from haechi.components.shared.images import EXTENSIONS, sniff
+from haechi.components.shared.model_folder import ModelFolder
+from haechi.components.shared.progress import say
+
+from .inference import Image, Parameters, Prediction
+from .sampling import MARGIN, Decision, Design
+
+if TYPE_CHECKING:  # the S3 client is loaded only where samples are kept
+    from haechi.components.shared.storage import Store
+
+__all__ = ["Counts", "Origin", "Row", "Sample", "SampleWriter"]
+
+FORMAT_VERSION = 1
+MAX_ITEMS = 256
+MAX_HELD = 32 * 2**20
+_ATTEMPTS = 6
+_COUNTS_SECONDS = 300.0
+_FLUSH_SECONDS = 5.0
+_MAX_ROWS = 50_000  # camera-hours: 256 cameras and a store that is away for a week
+_TYPES = {"jpg": "image/jpeg", "png": "image/png", "bmp": "image/bmp", "webp": "image/webp", "tif": "image/tiff"}
+_MODEL = ("name", "version", "onnx_sha256", "run_id", "dataset_digest")
+_PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1]
+
+
+class Row(NamedTuple):
+    """What counts are kept by; `hour` in whole hours since 1970, UTC."""
+
+    service: str
+    hour: int
+    camera: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the samples of one call share.
+
+    Attributes:
+        row: service, camera-hour and model version.
+        model, parameters: what answered, and what the request chose for itself.
+        design: the rates.
+        moment: when it was answered, UTC.
+        request_id, protocol, camera: as in Call.
+        images: how many the request held.
+    """
+
+    row: Row
+    model: ModelFolder
+    parameters: Parameters
+    design: Design
+    moment: datetime
+    request_id: str
+    protocol: str
+    camera: str
+    images: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image that is to be kept.
+
+    Attributes:
+        origin: the call that it came with.
+        place: its place among the call's images, from 0.
+        image: as the request gave it.
+        held: bytes of memory that it takes until it is written.
+        prediction: what was answered.
+        decision: why it is kept, and how probable that was.
+        seen: images of its row that this process had seen, this one included.
+    """
+
+    origin: Origin
+    place: int
+    image: Image
+    held: int
+    prediction: Prediction
+    decision: Decision
+    seen: int
+
+
+class Counts:
+    """What became of the images of each camera and hour since it was last written down. Safe between threads.
+
+    Names: `seen` (could be drawn), `opted_out` (could not), `dropped_quota` (drawn, but thinned), `kept` (decided to
+    be kept), and of these `stored`, `dropped_queue` (no room to wait), `dropped_store` (the store did not take it),
+    `dropped_exit` (the process ended before), `dropped_error` (it could not be written for another reason).
+
+    Args:
+        told: model and outcome of each sample, for metrics.
+    """
+
+    def __init__(self, told: Callable[[str, str], None] = lambda model, outcome: None) -> None:
+        self._told = told
+        self._lock = threading.Lock()
+        self._rows: dict[Row, Counter[str]] = {}
+        self._seen: dict[Row, int] = {}
+
+    def add(self, row: Row, name: str, number: int = 1) -> int:
+        """Count; for `seen`, the number that this process has seen of the row in all, else 0."""
+        total = 0
+        with self._lock:
+            counter = self._rows.get(row)
+            if counter is None:
+                counter = self._new(row)
+            counter[name] += number
+            if name == "seen":
+                total = self._seen[row] = self._seen.get(row, 0) + number
+        if name == "stored" or name.startswith("dropped"):
+            self._told(row.service, name)
+        return total
+
+    def take(self) -> dict[Row, Counter[str]]:
+        """All counts since the last call."""
+        with self._lock:
+            rows, self._rows = self._rows, {}
+            newest = max((row.hour for row in self._seen), default=0)
+            self._seen = {row: seen for row, seen in self._seen.items() if row.hour >= newest - 1}
+        return rows
+
+    def _new(self, row: Row) -> Counter[str]:
+        if len(self._rows) >= _MAX_ROWS:
+            oldest = next(iter(self._rows))
+            del self._rows[oldest]
+            self._seen.pop(oldest, None)
+        return self._rows.setdefault(row, Counter())
+
+
+class SampleWriter:
+    """Writes samples in a thread of its own.
+
+    Args:
+        store: the bucket.
+        counts: where outcomes are counted; written to the bucket too.
+        max_items, max_held: samples, and bytes of memory, that may wait.
+        backoff: seconds until a failed write is repeated; doubles with each further failure up to `longest`.
+        every: seconds between counts objects.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        counts: Counts,
+        *,
+        max_items: int = MAX_ITEMS,
+        max_held: int = MAX_HELD,
+        backoff: float = 0.5,
+        longest: float = 8.0,
+        every: float = _COUNTS_SECONDS,
+    ) -> None:
+        self.counts = counts
+        self._store = store
+        self._max_items, self._max_held = max_items, max_held
+        self._backoff, self._longest = backoff, longest
+        self._every = every
+        self._pod = socket.gethostname()
+        self._process = uuid.uuid4().hex[:8]
+        self._numbers = 0
+        self._queue: deque[Sample] = deque()
+        self._held = 0
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        self._deadline = float("inf")
+        self._failures = 0
+        self._begun = datetime.now(UTC)
+        self._frozen: deque[tuple[str, bytes]] = deque()
+        # A daemon: a store that hangs must not keep the process from ending.
+        self._thread = threading.Thread(target=self._work, name="samples", daemon=True)
+        self._thread.start()
+
+    def offer(self, sample: Sample) -> None:
+        """Take a sample if there is room; never waits."""
+        with self._changed:
+            room = len(self._queue) < self._max_items and self._held + sample.held <= self._max_held
+            if room:
+                self._queue.append(sample)
+                self._held += sample.held
+                self._changed.notify()
+        self.counts.add(sample.origin.row, "kept")
+        if not room:
+            self.counts.add(sample.origin.row, "dropped_queue")
+
+    def close(self, seconds: float = _FLUSH_SECONDS) -> None:
+        """Write what waits and the counts, for so many seconds at most; what is left then is dropped."""
+        self._deadline = time.monotonic() + seconds
+        self._closing.set()
+        with self._changed:
+            self._changed.notify()
+        self._thread.join(seconds + 1)
+        if self._thread.is_alive():
+            say(f"samples: the store does not answer, {len(self._queue)} are lost")
+
+    def _work(self) -> None:
+        counted = time.monotonic()
+        while True:
+            sample = self._next(counted + self._every)
+            if sample is not None:
+                self.counts.add(sample.origin.row, self._write(sample))
+                with self._changed:
+                    self._held -= sample.held
+            ended = sample is None and self._closing.is_set()
+            if ended or time.monotonic() >= counted + self._every:
+                self._write_counts()
+                counted = time.monotonic()
+            if ended:
+                return
+
+    def _next(self, until: float) -> Sample | None:
+        """The next sample; None where counts are due before one comes, or none is left at the end."""
+        with self._changed:
+            while not self._queue and not self._closing.is_set() and (wait := until - time.monotonic()) > 0:
+                self._changed.wait(wait)
+            return self._queue.popleft() if self._queue else None
+
+    def _write(self, sample: Sample) -> str:
+        """Write image and record; what became of them, as Counts names it."""
+        if time.monotonic() > self._deadline:
+            return "dropped_exit"
+        row, moment = sample.origin.row, sample.origin.moment
+        number, self._numbers = self._numbers, self._numbers + 1
+        clock = f"{moment:%H%M%S}-{moment.microsecond // 1000:03}"
+        stem = f"{_day(row.service, f'{moment:%Y-%m-%d}')}/{row.camera}/{clock}-{self._process}-{number:06}"
+        try:
+            image, extension = _encoded(sample.image)
+            record = self._record(sample, f"{stem}.{extension}", image)
+        # One image that cannot be written must not end the thread.
+        except Exception as error:
+            say(f"samples: one cannot be written ({error!r})")
+            return "dropped_error"
+        # The image first: who finds a record finds its image.
+        stored = self._put(f"{stem}.{extension}", image, _TYPES[extension])
+        stored = stored and self._put(f"{stem}.json", record, "application/json")
+        return "stored" if stored else "dropped_store"
+
+    def _put(self, key: str, data: bytes, content_type: str) -> bool:
+        """Write one object; False where the store did not take it after some attempts, or the time is over."""
+        for _ in range(_ATTEMPTS):
+            try:
+                self._store.put(key, data, content_type)
+            except StorageError as error:
+                if not self._failures:
+                    say(f"samples: {error} They wait or are dropped until then; requests are answered as before.")
+                self._failures += 1
+                delay = min(self._longest, self._backoff * 2 ** min(self._failures - 1, 10))
+                # While the process ends it does not wait for a store that is away.
+                if self._closing.wait(delay):
+                    return False
+                continue
+            if self._failures:
+                say("samples: the store takes them again")
+            self._failures = 0
+            return True
+        return False
+
+    def _record(self, sample: Sample, key: str, data: bytes) -> bytes:
+        origin, decision, model = sample.origin, sample.decision, sample.origin.model
+        return _json(
+            {
+                "format_version": FORMAT_VERSION,
+                "request_id": origin.request_id,
+                "protocol": origin.protocol,
+                "place": sample.place,
+                "images": origin.images,
+                "time": origin.moment.isoformat(timespec="milliseconds"),
+                "camera": origin.camera,
+                "camera_folder": origin.row.camera,
+                "service": origin.row.service,
+                "pod": self._pod,
+                "process": self._process,
+                "seen": sample.seen,
+                "model": {name: getattr(model, name) for name in _MODEL},
+                "thresholds": model.thresholds,
+                "parameters": asdict(origin.parameters),
+                "image": {
+                    "key": key,
+                    "sha256": sha256_bytes(data),
+                    "bytes": len(data),
+                    "format": sniff(data),
+                    "came_as": str(sample.image.dtype) if isinstance(sample.image, np.ndarray) else "encoded",
+                    "width": sample.prediction.width,
+                    "height": sample.prediction.height,
+                },
+                "detections": sample.prediction.detections.to_list(model.classes),
+                "reasons": decision.reasons,
+                "probability": decision.probability,
+                "probability_random": decision.random,
+                "probability_uncertain": decision.uncertain,
+                "thinning": decision.thinning,
+                "design": asdict(origin.design) | {"margin": MARGIN},
+            }
+        )
+
+    def _write_counts(self) -> None:
+        """Write what was frozen before and then what has come since; what fails keeps its name and content."""
+        if self._flush_frozen():
+            self._freeze()
+            self._flush_frozen()
+
+    def _flush_frozen(self) -> bool:
+        while self._frozen and self._put(*self._frozen[0], "application/json"):
+            self._frozen.popleft()
+        return not self._frozen
+
+    def _freeze(self) -> None:
+        """Make objects of all counts, each of one service and day."""
+        begun, self._begun = self._begun, datetime.now(UTC)
+        days: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+        for row, counter in sorted(self.counts.take().items()):
+            hour = datetime.fromtimestamp(row.hour * 3600, UTC)
+            entry = {"hour": hour.isoformat(), "camera_folder": row.camera, "version": row.version, **counter}
+            days[row.service, f"{hour:%Y-%m-%d}"].append(entry)
+        for (service, day), rows in days.items():
+            content = {
+                "format_version": FORMAT_VERSION,
+                "service": service,
+                "pod": self._pod,
+                "process": self._process,
+                "from": begun.isoformat(timespec="milliseconds"),
+                "to": self._begun.isoformat(timespec="milliseconds"),
+                "rows": rows,
+            }
+            number, self._numbers = self._numbers, self._numbers + 1
+            self._frozen.append((f"{_day(service, day)}/_counts/{self._process}-{number:06}.json", _json(content)))
+
+
+def _day(service: str, day: str) -> str:
+    return f"predictions/{service}/dt={day}"
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _encoded(image: Image) -> tuple[bytes, str]:
+    """Bytes and extension: encoded images as they came, tensors as PNG, which loses nothing of what the network saw."""
+    if not isinstance(image, np.ndarray):
+        return image, EXTENSIONS[str(sniff(image))]
+    pixels = image if image.dtype == np.uint8 else np.rint(image * 255).astype(np.uint8).transpose(1, 2, 0)
+    _, data = cv2.imencode(".png", cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2BGR), _PNG)
+    return data.tobytes(), "png"
