@@ -4,10 +4,10 @@ WORKDIR ?= .haechi/demo
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test lint typecheck compile manifests bench bench-serving clean
+.PHONY: help demo test e2e lint typecheck compile manifests bench bench-serving clean
 
 help: ## show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' Makefile
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -20,6 +20,10 @@ demo: $(READY) ## run two rounds of the flywheel on this machine and open the re
 
 test: $(READY) ## run the tests (those that need absent things skip with a reason)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+e2e: $(READY) ## run the tests that need a Kubernetes API server; kube-apiserver is built once, by Go, in minutes
+	bash .ci/kube-apiserver
+	HAECHI_E2E_REQUIRED=1 $(BIN)/python -m pytest tests/e2e
 
 lint: $(READY) ## check style, security rules and formatting
 	$(BIN)/ruff check .
@@ -39,6 +43,9 @@ bench: bench-serving ## measure against peers; ratios, raw figures and JSON in .
 
 bench-serving: $(READY) ## the runtime against a bare loop, Ultralytics and the kserve server
 	$(BIN)/python -m tests.bench.serving
+
+images: ## build the container images (IMAGES=, BASE=, REGISTRY=, TAG=, ENGINE=, see .ci/images)
+	.ci/images
 
 clean: ## remove the environment, the working folders and build metadata
 	rm -rf .venv .haechi build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
