@@ -110,6 +110,8 @@ def _list_new(reader: Reader, source: Source, state: State) -> tuple[list[Listed
     """The objects that the state does not know, in key order, and how many there are at all."""
     new, listed, matched, example = [], 0, source.pattern is None, ""
     for item in reader.list(source.uri):
+        if item.relative.endswith(".json"):  # what a camera or our runtime says of the frame beside it
+            continue
         listed += 1
         example = example or item.relative
         matched = matched or (source.pattern is not None and source.pattern.read(item.relative) is not None)
