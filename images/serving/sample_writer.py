@@ -50,11 +50,12 @@ _PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1]
 
 
 class Row(NamedTuple):
-    """What counts are kept by; `hour` in whole hours since 1970, UTC."""
+    """What counts are kept by: a camera's folder, an hour in whole hours since 1970 (UTC), and what answered."""
 
     service: str
     hour: int
     camera: str
+    model: str
     version: str
 
 
@@ -133,7 +134,7 @@ class Counts:
             if name == "seen":
                 total = self._seen[row] = self._seen.get(row, 0) + number
         if name == "stored" or name.startswith("dropped"):
-            self._told(row.service, name)
+            self._told(row.model, name)
         return total
 
     def take(self) -> dict[Row, Counter[str]]:
@@ -294,7 +295,7 @@ class SampleWriter:
                 "pod": self._pod,
                 "process": self._process,
                 "seen": sample.seen,
-                "model": {name: getattr(model, name) for name in _MODEL},
+                "model": {"served_as": origin.row.model} | {name: getattr(model, name) for name in _MODEL},
                 "thresholds": model.thresholds,
                 "parameters": asdict(origin.parameters),
                 "image": {
@@ -333,8 +334,8 @@ class SampleWriter:
         days: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
         for row, counter in sorted(self.counts.take().items()):
             hour = datetime.fromtimestamp(row.hour * 3600, UTC)
-            entry = {"hour": hour.isoformat(), "camera_folder": row.camera, "version": row.version, **counter}
-            days[row.service, f"{hour:%Y-%m-%d}"].append(entry)
+            key = {"hour": hour.isoformat(), "camera_folder": row.camera, "model": row.model, "version": row.version}
+            days[row.service, f"{hour:%Y-%m-%d}"].append(key | counter)
         for (service, day), rows in days.items():
             content = {
                 "format_version": FORMAT_VERSION,

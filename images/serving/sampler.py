@@ -94,9 +94,10 @@ class Sampler:
         if engine is None or request is None or predictions is None or call.outcome is not Outcome.OK:
             return
         now, clock = time.monotonic(), time.time()
-        service = self._service or camera_folder(call.model or engine.model.name)
+        served = call.model or engine.model.name
+        service = self._service or camera_folder(served)
         camera, quota = self._quota(service, camera_folder(call.camera), now)
-        row = Row(service, int(clock // 3600), camera, engine.model.version)
+        row = Row(service, int(clock // 3600), camera, served, engine.model.version)
         counts, number = self._writer.counts, len(request.images)
         if not call.sample:
             counts.add(row, "opted_out", number)
