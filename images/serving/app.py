@@ -152,12 +152,14 @@ async def _v1_predict(request: Request) -> Response:
     content_type = request.headers.get("content-type", "")
     body = await bounded_body(request)
     parse = partial(v1_request, body, content_type, dict(request.query_params))
-    answer = await service_of(request).infer(call, name, "", parse, v1_answer)
+    answer = await service_of(request).infer(call, name, "", parse, partial(v1_answer, name))
     return Response(answer, media_type="application/json")
 
 
 async def bounded_body(request: Request) -> bytes:
     """The whole body, no larger than is allowed, sent within a minute."""
+    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise HTTPException(415, f"the body's coding {coding[:40]!r} is not read; send it as it is")
     most = request.app.state.max_body
     announced = request.headers.get("content-length", "0")
     if announced.isdigit() and int(announced) > most:

@@ -16,12 +16,17 @@ from haechi.components.shared.errors import InputError, ModelError
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.progress import say
 
+from .access_log import AccessLog
 from .app import create_app
 from .engine import Engine, Models
 from .health import grpc_server
+from .metrics import Metrics
 from .pool import Pool
+from .sampler import open_sampler
 from .service import Service
 from .settings import ServingSettings
+from .tracing import Tracing
+from .v2_routes import v2_routes
 
 __all__ = ["serve"]
 
@@ -63,9 +68,14 @@ def serve(
     name = name or description.name
     models = Models()
     models.announce(name)
-    service = Service(models, Pool(settings.workers or 2, settings.queue), settings.timeout)
+    metrics = Metrics(models)
+    log = AccessLog(settings.log_share, metrics.logged)
+    tracing = Tracing(metrics.traced) if settings.otlp_endpoint else None
+    sampler = open_sampler(settings, metrics.sampled)
+    observers = [watcher for watcher in (metrics, log, tracing, sampler) if watcher]
+    service = Service(models, Pool(settings.workers or 2, settings.queue), settings.timeout, observers=observers)
     config = uvicorn.Config(
-        create_app(service, settings.max_body),
+        create_app(service, settings.max_body, more=(*v2_routes(), *metrics.routes())),
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -80,6 +90,11 @@ def serve(
     listener = _listen(host, http_port)
     with contextlib.closing(listener), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(_run(_Server(config), service, listener, f"{host}:{grpc_port}", load))
+    if sampler:
+        sampler.close()
+    log.close()
+    if tracing:
+        tracing.close()
     say("stopped: what had begun is answered")
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from haechi.components.shared.errors import InputError
-from haechi.components.shared.images import sniff
 
+from .bodies import from_base64, is_image, json_bytes, json_object
 from .engine import Engine
 from .inference import MAX_IMAGES, InferenceRequest, Parameters, Prediction
 
@@ -31,10 +29,9 @@ def v1_request(body: bytes, content_type: str, parameters: Mapping[str, Any]) ->
     Raises:
         InputError: not JSON of that form, not base64, too many instances, or a parameter is out of its range.
     """
-    kind = content_type.partition(";")[0].strip().lower()
-    if kind.startswith("image/") or (kind != "application/json" and sniff(body) is not None):
+    if is_image(body, content_type):
         return InferenceRequest((body,), Parameters.read(parameters))
-    entry = _object(body)
+    entry = json_object(body, _FORM)
     instances, own = entry.get("instances"), entry.get("parameters", {})
     if not isinstance(instances, list) or not instances:
         raise InputError("`instances` is not a list of at least one image", _FORM)
@@ -46,34 +43,23 @@ def v1_request(body: bytes, content_type: str, parameters: Mapping[str, Any]) ->
     return InferenceRequest(images, Parameters.read({**parameters, **own}))
 
 
-def v1_answer(engine: Engine, request: InferenceRequest, predictions: Sequence[Prediction]) -> bytes:
-    """The V1 answer: per image the detections in pixels of the upright source image, and its size."""
+def v1_answer(name: str, engine: Engine, request: InferenceRequest, predictions: Sequence[Prediction]) -> bytes:
+    """The V1 answer: per image the detections in pixels of the upright source image, and its size.
+
+    Args:
+        name: what the model is served as.
+        engine, request, predictions: as the service has them.
+    """
     model = engine.model
     rows = [
         {"detections": item.detections.to_list(model.classes), "width": item.width, "height": item.height}
         for item in predictions
     ]
-    answer = {"predictions": rows, "model_name": model.name, "model_version": model.version}
-    return json.dumps(answer, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"the body is not JSON ({error})", _FORM) from error
-    if not isinstance(value, dict):
-        raise InputError("the body is JSON, but not an object", _FORM)
-    return value
+    answer = {"predictions": rows, "model_name": name, "model_version": model.version}
+    return json_bytes(answer)
 
 
 def _instance(entry: Any, place: int) -> bytes:
     image = entry.get("image") if isinstance(entry, dict) else None
     text = image.get("b64") if isinstance(image, dict) else None
-    if not isinstance(text, str):
-        raise InputError(f"`instances[{place}].image.b64` is missing or not text", _FORM)
-    try:
-        # Line breaks are allowed: command line tools wrap base64 at 76 characters.
-        return base64.b64decode("".join(text.split()), validate=True)
-    except ValueError as error:
-        raise InputError(f"`instances[{place}].image.b64` is not base64 ({error})", _FORM) from error
+    return from_base64(text, f"`instances[{place}].image.b64`", _FORM)
