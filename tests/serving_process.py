@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import httpx
 
@@ -40,12 +41,18 @@ def free_port() -> int:
 
 
 def start(
-    folder: Path, *arguments: str, http: int = 0, grpc_port: int = 0, env: Mapping[str, str] | None = None
+    folder: Path,
+    *arguments: str,
+    http: int = 0,
+    grpc_port: int = 0,
+    env: Mapping[str, str] | None = None,
+    stdout: IO[str] | int | None = None,
 ) -> Running:
     http, grpc_port = http or free_port(), grpc_port or free_port()
     ports = ["--http-port", str(http), "--grpc-port", str(grpc_port)]
     process = subprocess.Popen(
         [sys.executable, "-m", "haechi.serving", "--model", str(folder), *ports, *arguments],
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "HAECHI_SERVING_THREADS": "1", **(env or {})},
@@ -54,10 +61,12 @@ def start(
 
 
 @contextlib.contextmanager
-def running(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Running]:
+def running(
+    folder: Path, *arguments: str, env: Mapping[str, str] | None = None, stdout: IO[str] | int | None = None
+) -> Iterator[Running]:
     """A ready runtime of a model folder; ended by SIGTERM."""
     begun = time.monotonic()
-    server = start(folder, *arguments, env=env)
+    server = start(folder, *arguments, env=env, stdout=stdout)
     try:
         while time.monotonic() - begun < 60:
             with contextlib.suppress(httpx.TransportError):
