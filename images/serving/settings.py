@@ -37,6 +37,7 @@ class ServingSettings:
         log_share: share of good requests that get an access log line, 0 to 1; all others always do.
         api_keys: file of hashed API keys; empty for none.
         oidc_issuer, oidc_audience, oidc_jwks: of the JSON Web Tokens that are taken; empty for none.
+        oidc_roles_claim: claim of a token that lists `predict` and `admin`; with dots for one inside of others.
         sample_share: share of images, drawn evenly, that are kept as samples; 0 keeps none.
         sample_uncertain: the same among images with a detection near its limit.
         sample_hourly: samples an hour and camera at most; 0 for any number.
@@ -61,6 +62,7 @@ class ServingSettings:
     oidc_issuer: str = ""
     oidc_audience: str = ""
     oidc_jwks: str = ""
+    oidc_roles_claim: str = "roles"
     sample_share: float = 0.0
     sample_uncertain: float = 0.0
     sample_hourly: int = 60
