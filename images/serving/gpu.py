@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 class _Reading:
     gpu: str
     name: str
-    busy: float
+    busy: float | None
     used: float
     total: float
 
@@ -61,7 +61,8 @@ class GpuCollector(Collector):
         total = GaugeMetricFamily("haechi_gpu_memory_total_bytes", "Memory there is.", labels=labels)
         for reading in readings:
             for family, value in ((busy, reading.busy), (used, reading.used), (total, reading.total)):
-                family.add_metric((reading.gpu, reading.name), value)
+                if value is not None:
+                    family.add_metric((reading.gpu, reading.name), value)
         yield from (busy, used, total)
 
     def _look(self) -> None:
@@ -86,5 +87,8 @@ def _read(library: Any, index: int) -> _Reading:
     handle = library.nvmlDeviceGetHandleByIndex(index)
     memory = library.nvmlDeviceGetMemoryInfo(handle)
     name = library.nvmlDeviceGetName(handle)
-    busy = library.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+    try:
+        busy = library.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+    except Exception:
+        busy = None  # a slice of a card does not tell
     return _Reading(str(index), name if isinstance(name, str) else name.decode(), busy, memory.used, memory.total)

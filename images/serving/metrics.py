@@ -212,20 +212,20 @@ class _Served(Collector):
             "haechi_model_info", "What is served; always 1.", labels=("model", "version", "engine", "precision")
         )
         ready = GaugeMetricFamily("haechi_model_ready", "1 where a model answers.", labels=("model",))
-        flying = GaugeMetricFamily("haechi_requests_in_flight", "Predictions not answered yet.", labels=("model",))
+        # Not by model: which one a request is for may not be known before its body is there, and the pool is one for all.
+        flying = [call for call in list(self._live.values()) if call.protocol != "http" and not call.probe]
+        yield GaugeMetricFamily("haechi_requests_in_flight", "Predictions not answered yet.", value=len(flying))
         seen = CounterMetricFamily(
             "haechi_detections", "Detections that were answered.", labels=("model", "class_name")
         )
         sure = HistogramMetricFamily("haechi_detection_confidence", "Scores of those detections.", labels=("model",))
-        calls = [call for call in list(self._live.values()) if call.protocol != "http" and not call.probe]
         for name in self._models.names():
             engine = self._models.get(name)
             ready.add_metric((name,), int(engine is not None))
-            flying.add_metric((name,), sum(call.model == name for call in calls))
             if engine is None:
                 continue
-            info.add_metric((name, engine.model.version, "onnxruntime", "fp32"), 1)
+            info.add_metric((name, engine.model.version, engine.backend.engine, engine.backend.precision), 1)
             for class_name, number in self._found.classes(name, engine.model.classes).items():
                 seen.add_metric((name, class_name), number)
             sure.add_metric((name,), *self._found.scores(name))
-        yield from (info, ready, flying, seen, sure)
+        yield from (info, ready, seen, sure)
