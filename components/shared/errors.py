@@ -10,6 +10,7 @@ __all__ = [
     "HaechiError",
     "InputError",
     "IntegrityError",
+    "LoadRefused",
     "ModelError",
     "NoDataError",
     "NotFoundError",
@@ -97,6 +98,13 @@ class NotReadyError(HaechiError):
 
     exit_code = 15
     http_status = 503
+
+
+class LoadRefused(HaechiError):
+    """The folder's new model was not taken; the former one goes on serving."""
+
+    exit_code = 19
+    http_status = 409
 
 
 class NotFoundError(HaechiError):

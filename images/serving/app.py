@@ -25,6 +25,7 @@ __all__ = ["MAX_BODY", "allow", "bounded_body", "call_of", "create_app", "servic
 MAX_BODY = 64 * 2**20
 _HELD = 8  # times the limit of one body: what bodies that are still arriving may take, all connections together
 _BODY_SECONDS = 60.0
+_ALSO = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}
 
 _log = logging.getLogger(__name__)
 
@@ -131,10 +132,12 @@ async def _ready(request: Request) -> Response:
 
 
 async def _list(request: Request) -> Response:
+    await allow(request, Role.PREDICT)
     return JSONResponse({"models": service_of(request).models.names()})
 
 
 async def _v1_model(request: Request) -> Response:
+    await allow(request, Role.PREDICT)
     name = request.path_params["name"]
     models = service_of(request).models
     if not models.known(name):
@@ -188,8 +191,7 @@ async def bounded_body(request: Request) -> bytes:
 
 
 def _too_large(most: int) -> HTTPException:
-    # What is still coming is not read, so the connection cannot be used again.
-    return HTTPException(413, f"the body has more than {most} bytes", {"connection": "close"})
+    return HTTPException(413, f"the body has more than {most} bytes")
 
 
 async def failed(request: Request, error: Exception) -> Response:
@@ -198,7 +200,7 @@ async def failed(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
     if isinstance(error, HaechiError):
-        later = {"retry-after": "1"} if error.http_status == 503 else None
+        later = _ALSO.get(error.http_status)
         return JSONResponse({"error": str(error)}, error.http_status, later)
     _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return JSONResponse({"error": "internal error; the server's log has the details"}, 500)

@@ -116,6 +116,7 @@ class Models:
 
     def __init__(self) -> None:
         self._engines: dict[str, Engine | None] = {}
+        self.leaving = False  # the process is about to end
 
     def announce(self, name: str) -> None:
         """Make a name known before its engine is there."""
@@ -139,8 +140,8 @@ class Models:
 
     @property
     def ready(self) -> bool:
-        """Whether every model may be asked."""
-        return bool(self._engines) and all(self._engines.values())
+        """Whether every model may be asked, and the process stays."""
+        return not self.leaving and bool(self._engines) and all(self._engines.values())
 
     def find(self, name: str, version: str = "") -> Engine:
         """The engine of a model that may be asked.

@@ -10,21 +10,26 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 
+import grpc.aio
 import uvicorn
 
-from haechi.components.shared.errors import InputError, ModelError
+from haechi.components.shared.errors import InputError
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.progress import say
 
 from .access_log import AccessLog
 from .app import create_app
+from .auth import access_of
+from .connections import Connection, Lingering, patient
 from .engine import Engine, Models
 from .health import grpc_server
 from .metrics import Metrics
 from .pool import Pool
+from .repository import repository_routes
 from .sampler import open_sampler
 from .service import Service
 from .settings import ServingSettings
+from .swap import Swapper
 from .tracing import Tracing
 from .v2_routes import v2_routes
 
@@ -59,13 +64,9 @@ def serve(
     """
     started = time.monotonic()
     settings = settings or ServingSettings.from_env()
-    description = ModelFolder.load(model)
-    if not description.golden and not allow_unverified:
-        raise ModelError(
-            f"{model} has no golden images, so nothing proves that it gives the right boxes here",
-            "Export it with `--images` or `--data`, or serve it with --allow-unverified.",
-        )
-    name = name or description.name
+    # For its name, and to fail before anything starts; the first load checks the rest.
+    description = ModelFolder.load(model, verify=False)
+    given, name = name, name or description.name
     models = Models()
     models.announce(name)
     metrics = Metrics(models)
@@ -73,9 +74,25 @@ def serve(
     tracing = Tracing(metrics.traced) if settings.otlp_endpoint else None
     sampler = open_sampler(settings, metrics.sampled)
     observers = [watcher for watcher in (metrics, log, tracing, sampler) if watcher]
-    service = Service(models, Pool(settings.workers or 2, settings.queue), settings.timeout, observers=observers)
+    pool = Pool(settings.workers or 2, settings.queue)
+    service = Service(models, pool, settings.timeout, access_of(settings), observers)
+    swapper = Swapper(
+        models,
+        name,
+        model,
+        lambda folder, model: Engine(folder, model, settings),
+        settings.watch,
+        allow_unverified,
+        any_name=bool(given),
+        on_swap=lambda outcome, version: metrics.swapped(name, outcome),
+    )
+    routes = (*v2_routes(), *metrics.routes(), *repository_routes(swapper))
     config = uvicorn.Config(
-        create_app(service, settings.max_body, more=(*v2_routes(), *metrics.routes())),
+        Lingering(create_app(service, settings.max_body, routes)),
+        http=Connection,
+        ws="none",
+        # Longer than proxies keep theirs (60 s as a rule), so that they never send into a connection that we close.
+        timeout_keep_alive=75,
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -83,13 +100,17 @@ def serve(
     )
 
     async def load() -> None:
-        models.put(name, await asyncio.to_thread(Engine, model, description, settings))
+        first = await swapper.first()
         seconds = time.monotonic() - started
-        say(f"{name} {description.version} is ready on {host}:{listener.getsockname()[1]} ({seconds:.1f} s)")
+        say(f"{name} {first.version} is ready on {host}:{listener.getsockname()[1]} ({seconds:.1f} s)")
+        if settings.watch:
+            await swapper.watch()
 
     listener = _listen(host, http_port)
+    patient(listener)
     with contextlib.closing(listener), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_run(_Server(config), service, listener, f"{host}:{grpc_port}", load))
+        runner.run(_run(_Server(config, models), service, listener, f"{host}:{grpc_port}", load))
+    swapper.close()
     if sampler:
         sampler.close()
     log.close()
@@ -116,16 +137,35 @@ async def _run(
     say(f"listening on {listener.getsockname()[1]} for HTTP and {grpc_port} for gRPC, loading")
     loading = asyncio.create_task(load())
     loading.add_done_callback(lambda task: server.stop() if task.cancelled() or task.exception() else None)
+    # Both sides at the same time, so that the process ends within one period of grace.
+    draining = asyncio.create_task(_drain(server, grpc_side))
     try:
         await server.serve(sockets=[listener])
-        await loading
     finally:
-        await grpc_side.stop(_DRAIN_SECONDS)
+        loading.cancel()
+        server.stopping.set()
+        await draining
         await asyncio.to_thread(service.pool.close)
+    with contextlib.suppress(asyncio.CancelledError):
+        await loading
+
+
+async def _drain(server: _Server, grpc_side: grpc.aio.Server) -> None:
+    await server.stopping.wait()
+    await grpc_side.stop(_DRAIN_SECONDS)
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, but a signal that it has obeyed does not kill the process afterwards: draining exits with 0."""
+    """uvicorn's server, but a signal that it has obeyed does not kill the process afterwards: draining exits with 0.
+
+    Attributes:
+        stopping: set from the first signal on.
+    """
+
+    def __init__(self, config: uvicorn.Config, models: Models) -> None:
+        super().__init__(config)
+        self.stopping = asyncio.Event()
+        self._models = models
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -135,7 +175,9 @@ class _Server(uvicorn.Server):
         yield
 
     def stop(self) -> None:
-        """Take no new connection, finish what has begun; a second time, do not wait for clients."""
+        """Not ready from now on; take no new connection, finish what has begun; a second time, do not wait for clients."""
+        self._models.leaving = True
+        self.stopping.set()
         self.force_exit = self.should_exit
         self.should_exit = True
 
