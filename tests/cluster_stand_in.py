@@ -1,8 +1,9 @@
 """A stand-in for a Kubernetes API server with KServe, because no cluster runs where the tests run.
 
-It is a real HTTP server on loopback that knows one kind, InferenceService: it stores what is applied by server-side
-apply (owners of fields, conflicts, removal of fields that an owner lets go), counts generations, and plays KServe's
-controller by writing a status some polls later. It proves what we send and how we read answers, not KServe itself.
+It is a real HTTP server on loopback that knows one kind, InferenceService in mode Knative: it stores what is applied by
+server-side apply (owners of fields, conflicts, removal of fields that an owner lets go), counts generations, and plays
+KServe's controller by writing a status some polls later. It proves what we send and how we read answers, not KServe
+itself; tests/e2e has a real API server, and mode Standard.
 
     with ClusterStandIn(namespaces=["models"]) as cluster:
         cluster.write_kubeconfig(tmp_path / "config")
@@ -88,6 +89,8 @@ class ClusterStandIn:
         if verb in self.refuse:
             status, message = self.refuse[verb]
             return status, _status(message)
+        if parts.path.startswith("/apis/apps/v1/"):
+            return 404, _status('deployments.apps "entrance-predictor" not found')
         if not self.kserve or not found:
             return 404, "404 page not found\n"
         key = (found[1], found[2])
@@ -143,7 +146,16 @@ class ClusterStandIn:
         if not good:
             predictor |= {"reason": "RevisionFailed", "message": "container kserve-container crashed"}
         generation = found["metadata"]["generation"]
-        found["status"] = {"observedGeneration": generation, "conditions": [ready, predictor], "modelStatus": model}
+        revisions = {"latestCreatedRevision": f"predictor-{generation:05d}", "latestReadyRevision": "predictor-00001"}
+        if good:
+            revisions["latestReadyRevision"] = revisions["latestCreatedRevision"]
+        found["status"] = {
+            "observedGeneration": generation,
+            "deploymentMode": "Knative",
+            "conditions": [ready, predictor],
+            "modelStatus": model,
+            "components": {"predictor": revisions},
+        }
 
 
 def _handler(cluster: ClusterStandIn) -> type[http.server.BaseHTTPRequestHandler]:

@@ -16,6 +16,7 @@ from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.progress import say
 
 from .kubernetes_api import MANAGER, InferenceServiceApi
+from .readiness import latest_revision, look, storage_uri
 
 __all__ = ["PREVIOUS", "Patience", "manifest", "roll_out"]
 
@@ -68,15 +69,16 @@ def roll_out(api: InferenceServiceApi, wanted: dict[str, Any], patience: Patienc
     Raises:
         DeployError: refused, or not ready in time (then with the conditions' messages, and what was put back).
     """
-    before = api.get()
+    before, uri = api.get(), storage_uri(wanted)
     _refuse_canary(api, before)
-    previous = _previous_uri(before, _storage_uri(wanted))
+    api.deployment(f"{api.name}-predictor")  # may we look at all? Told before anything changes
+    previous = _previous_uri(before, uri)
     if previous:
         wanted["metadata"]["annotations"][PREVIOUS] = previous
-    applied = api.apply(wanted)
-    say(f"InferenceService {api.namespace}/{api.name} names {_storage_uri(wanted)}; waiting until it is ready")
+    api.apply(wanted)
+    say(f"InferenceService {api.namespace}/{api.name} names {uri}; waiting until it is ready")
     try:
-        _wait(api, int(applied["metadata"]["generation"]), patience)
+        _wait(api, uri, latest_revision(before) if storage_uri(before) != uri else "", patience)
     except DeployError as error:
         raise DeployError(f"{error.problem}. {_go_back(api, wanted, previous)}", error.remedy) from error
 
@@ -99,13 +101,8 @@ def _body(namespace: str, name: str, model: str, version: str, storage_uri: str)
     }
 
 
-def _storage_uri(found: dict[str, Any] | None) -> str:
-    predictor = ((found or {}).get("spec") or {}).get("predictor") or {}
-    return str((predictor.get("model") or {}).get("storageUri") or "")
-
-
 def _previous_uri(before: dict[str, Any] | None, wanted: str) -> str:
-    current = _storage_uri(before)
+    current = storage_uri(before)
     if before is None or current != wanted:
         return current
     return str((before["metadata"].get("annotations") or {}).get(PREVIOUS, ""))
@@ -122,69 +119,43 @@ def _refuse_canary(api: InferenceServiceApi, before: dict[str, Any] | None) -> N
         )
 
 
-def _wait(api: InferenceServiceApi, generation: int, patience: Patience) -> None:
+def _wait(api: InferenceServiceApi, uri: str, stale: str, patience: Patience) -> None:
+    where = f"InferenceService {api.namespace}/{api.name}"
     start, blocked_since, state = time.monotonic(), 0.0, "nothing was reported"
     while time.monotonic() - start < patience.timeout:
         time.sleep(patience.poll)
         try:
             found = api.get()
+            seen = look(found, stale, api.deployment) if found and storage_uri(found) == uri else None
         except DeployError as error:  # an API server that restarts must not undo a good rollout
             state = error.problem
             continue
-        if found is None:
-            raise DeployError(f"InferenceService {api.namespace}/{api.name} was deleted meanwhile", "Run deploy again.")
-        status = found.get("status") or {}
-        if int(status.get("observedGeneration") or 0) < generation:
-            state = "KServe's controller has not looked at it yet"
-            continue
-        if _is_ready(status):
-            say(f"InferenceService {api.namespace}/{api.name} is ready after {time.monotonic() - start:.0f} s")
+        if seen is None:
+            raise DeployError(f"{where} was changed or deleted while {uri} was rolled out", "Run deploy again.")
+        if seen.ready:
+            say(f"{where} is ready after {time.monotonic() - start:.0f} s")
             return
-        state = _reasons(status)
-        blocked_since = (blocked_since or time.monotonic()) if _is_blocked(status) else 0.0
+        state = seen.reason
+        blocked_since = (blocked_since or time.monotonic()) if seen.blocked else 0.0
         if blocked_since and time.monotonic() - blocked_since >= patience.blocked:
             break
     raise DeployError(
-        f"InferenceService {api.namespace}/{api.name} did not become ready in {time.monotonic() - start:.0f} s: {state}",
+        f"{where} did not become ready in {time.monotonic() - start:.0f} s: {state}",
         "Look at its events and at the predictor pod's log, then run deploy again.",
     )
 
 
-def _is_ready(status: dict[str, Any]) -> bool:
-    """Ready, and not merely because the old pods still answer while the new ones load."""
-    ready = any(item.get("type") == "Ready" and item.get("status") == "True" for item in status.get("conditions") or [])
-    return ready and _transition(status) in ("", "UpToDate")
-
-
-def _is_blocked(status: dict[str, Any]) -> bool:
-    return _transition(status) in ("BlockedByFailedLoad", "InvalidSpec")
-
-
-def _transition(status: dict[str, Any]) -> str:
-    return str((status.get("modelStatus") or {}).get("transitionStatus") or "")
-
-
-def _reasons(status: dict[str, Any]) -> str:
-    """The conditions that are not true, and KServe's last failure, in one line."""
-    parts = [
-        f"{item.get('type')} is {item.get('status')} ({item.get('reason') or 'no reason'}: {item.get('message') or '-'})"
-        for item in status.get("conditions") or []
-        if item.get("status") != "True"
-    ]
-    failure = (status.get("modelStatus") or {}).get("lastFailureInfo") or {}
-    if failure:
-        parts.append(f"{failure.get('reason')}: {failure.get('message')}")
-    return "; ".join(parts) or f"model is {_transition(status) or 'without status'}"
-
-
 def _go_back(api: InferenceServiceApi, wanted: dict[str, Any], previous: str) -> str:
-    """Put the previous model back; a sentence that tells what was done."""
-    if not previous:
-        return "There was no model before it, so the object stays for you to look at"
+    """Put the previous model back, unless somebody took over; a sentence that tells what was done."""
     labels = wanted["metadata"]["labels"]
     version = previous.rstrip("/").rsplit("/", 1)[-1]
     try:
+        now = storage_uri(api.get())
+        if now != storage_uri(wanted):
+            return f"It names {now or 'no model'} now, so it was left as it is"
+        if not previous:
+            return "There was no model before it, so the object stays for you to look at"
         api.apply(_body(api.namespace, api.name, labels["app.kubernetes.io/name"], version, previous))
     except DeployError as error:
-        return f"Putting {previous} back failed too: {error.problem}"
+        return f"Going back to {previous or 'no model'} failed too: {error.problem}"
     return f"{previous} was put back"

@@ -45,12 +45,17 @@ class InferenceServiceApi:
         query = [("fieldManager", MANAGER), ("fieldValidation", "Strict")]
         return self._request("PATCH", manifest, query) or {}
 
+    def deployment(self, name: str) -> dict[str, Any] | None:
+        """A Deployment of the same namespace, or None where it does not exist."""
+        return self._request("GET", absent=True, path=f"/apis/apps/v1/namespaces/{self.namespace}/deployments/{name}")
+
     def _request(
         self,
         verb: str,
         body: dict[str, Any] | None = None,
         query: list[tuple[str, str]] | None = None,
         absent: bool = False,
+        path: str = "",
     ) -> dict[str, Any] | None:
         import urllib3
         from kubernetes.client.exceptions import ApiException
@@ -60,7 +65,7 @@ class InferenceServiceApi:
             headers["Content-Type"] = "application/apply-patch+yaml"  # JSON is YAML; this type is what means "apply"
         try:
             found: dict[str, Any] = self._client.call_api(
-                self._path,
+                path or self._path,
                 verb,
                 query_params=query or [],
                 header_params=headers,
@@ -72,7 +77,7 @@ class InferenceServiceApi:
             )
             return found
         except ApiException as error:
-            if absent and error.status == 404 and _message(error).startswith("inferenceservices."):
+            if absent and error.status == 404 and _message(error).startswith(("inferenceservices.", "deployments.")):
                 return None
             raise self._explain(verb, error) from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
@@ -87,11 +92,12 @@ class InferenceServiceApi:
             return DeployError(
                 f"{self.server} does not accept our credentials: {message}", "Renew the token or kubeconfig."
             )
-        if error.status == 403:
+        if error.status == 403 and " cannot " in message:  # else admission, or a quota: below
             return DeployError(
                 f"we may not {verb.lower()} {where}: {message}",
                 "Give the step's service account (pipeline-runner) get, create and patch on "
-                f"inferenceservices.serving.kserve.io in namespace {self.namespace}.",
+                f"inferenceservices.serving.kserve.io and get on deployments.apps in namespace {self.namespace} "
+                f"(Role haechi-deploy), and see that namespace {self.namespace} exists.",
             )
         if error.status == 404 and message.startswith("namespaces "):
             return DeployError(f"namespace {self.namespace!r} does not exist at {self.server}", "Create it first.")
@@ -105,7 +111,7 @@ class InferenceServiceApi:
                 f"{where} has fields that someone else manages: {message}",
                 f"Remove those fields from the other manager's manifest, so that {MANAGER} may set them.",
             )
-        if error.status in (400, 422):
+        if error.status in (400, 403, 422):
             return DeployError(f"the cluster refused {where}: {message}", "Mend what the message names.")
         return DeployError(f"{self.server} answered {error.status} for {where}: {message}", "Try again later.")
 

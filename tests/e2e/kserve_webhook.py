@@ -103,6 +103,8 @@ def refusal(new: dict[str, Any], old: dict[str, Any] | None) -> str:
     if not _NAME.fullmatch(new["metadata"]["name"]):
         return f"the InferenceService {new['metadata']['name']!r} is invalid: a name begins with a letter"
     predictor = new["spec"]["predictor"]
+    if "model" not in predictor:
+        return "exactly one of the predictor's implementations must be given"
     if old is not None:
         before, mode = old["spec"]["predictor"], (old.get("status") or {}).get("deploymentMode", "")
         now = (new["metadata"].get("annotations") or {}).get(MODE, mode)
