@@ -236,9 +236,9 @@ def decode_output(
 
 
 def onnx_session(
-    path: Path, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)
+    graph: Path | bytes, threads: int = 0, providers: Sequence[Any] = ("CPUExecutionProvider",)
 ) -> ort.InferenceSession:
-    """Open an ONNX file.
+    """Open an ONNX file, or the bytes of one.
 
     Raises:
         ModelError: missing or not a graph that onnxruntime accepts.
@@ -248,11 +248,13 @@ def onnx_session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     try:
-        return ort.InferenceSession(str(path), options, providers=list(providers))
+        source = graph if isinstance(graph, bytes) else str(graph)
+        return ort.InferenceSession(source, options, providers=list(providers))
     # onnxruntime raises a class of its own for each kind of broken graph.
     except Exception as error:
+        name = "the graph" if isinstance(graph, bytes) else str(graph)
         raise ModelError(
-            f"{path} cannot be opened as an ONNX model ({error})", "Export it again with `haechi export`."
+            f"{name} cannot be opened as an ONNX model ({error})", "Export it again with `haechi export`."
         ) from error
 
 
@@ -328,6 +330,15 @@ class Detector:
     def prepare(self, pixels: Pixels) -> tuple[Pixels, Letterbox]:
         """Letterbox one RGB image for this network."""
         return letterbox(pixels, self.imgsz, self.stride, rectangle=self.head.dynamic)
+
+    @property
+    def joinable(self) -> bool:
+        """Whether images of several callers may share a run: it takes any number, and does the same for each."""
+        return self.head.batch == 0 and self._run_above is None
+
+    def through(self, wrap: Callable[[Callable[[Floats], Floats]], Callable[[Floats], Floats]]) -> Detector:
+        """The same detector, whose network is run through `wrap`; for `joinable` ones."""
+        return Detector(wrap(self._run), self.head, self.classes, self.imgsz, self.stride)
 
     def infer(self, batch: Floats, floor: float = 0.0) -> Floats:
         """The raw network, float32 (n, 3, h, w) to (n, …); a graph of fixed batch is fed in such portions, the

@@ -1,0 +1,352 @@
+"""Backends: which engine runs the network here, at what precision and with how many threads, and why.
+
+The fastest way that gives the golden boxes is taken; where none of the faster ones does, or nothing can prove them,
+it is the graph as it stands in onnxruntime, which is also what evaluate, label and export run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from haechi.components.shared.cpus import granted_cpus
+from haechi.components.shared.detections import Detector, Head, onnx_session, read_head
+from haechi.components.shared.errors import HaechiError, InputError, IntegrityError, ModelError, SettingsError
+from haechi.components.shared.images import decode
+from haechi.components.shared.model_folder import GOLDEN_CONF, ModelFolder, check_golden, read_golden
+from haechi.components.shared.parity import Agreement, Tolerance
+
+from .graph import Parts, lighten, take_apart
+from .selective import SelectiveNetwork
+
+__all__ = ["ENGINES", "PRECISIONS", "Backend", "BackendOptions", "open_backend"]
+
+Floats = NDArray[np.float32]
+_Network = Callable[[Floats], Floats]
+_Outputs = Callable[[Floats], list[Floats]]
+
+ENGINES = ("auto", "onnxruntime", "openvino")
+PRECISIONS = ("auto", "fp32", "bf16")
+_ONNX = "onnxruntime"
+_CPU = "CPUExecutionProvider"
+_CUDA = "CUDAExecutionProvider"
+_MOST_STREAMS = 8  # beyond that, threads go into a run: each stream has memory of its own
+# A handful of golden images speaks for all frames only if it leaves room: measured on 100 frames, a network whose
+# golden images use up the whole tolerance fails on every second one.
+_ROOMY = Tolerance(box_px=0.5, score=0.005)
+_FEW = 8  # golden boxes
+_MEASURED = 0.15  # seconds
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """What a backend may be.
+
+    Attributes:
+        engine: `onnxruntime`, `openvino`, or `auto` for the fastest that gives the golden boxes.
+        precision: `fp32`, `bf16`, or `auto` for the lowest that gives the golden boxes with room to spare.
+        threads: compute threads of one run; 0 chooses by the CPUs that are granted.
+        streams: runs at the same time; 0 likewise.
+    """
+
+    engine: str = "auto"
+    precision: str = "auto"
+    threads: int = 0
+    streams: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("engine", self.engine, ENGINES), ("precision", self.precision, PRECISIONS)):
+            if value not in known:
+                raise InputError(f"{name} is {value!r}", f"Give one of {', '.join(known)}.")
+        if self.threads < 0 or self.streams < 0:
+            raise InputError(f"threads is {self.threads} and streams {self.streams}", "Give 0 (automatic) or more.")
+        if self.engine == "onnxruntime" and self.precision == "bf16":
+            raise InputError("onnxruntime has no bf16 for processors", "Choose the engine openvino, or fp32.")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How the network is run.
+
+    Attributes:
+        engine: `onnxruntime` or `openvino`.
+        provider: onnxruntime's name for where it runs, or OpenVINO's device.
+        precision: `fp32` or `bf16`.
+        threads: compute threads of one run.
+        streams: threads that may call the detector at the same time.
+        reason: why this one was chosen.
+        detector: the network with its pre- and post-processing.
+        golden: what the golden images gave; None where there are none.
+    """
+
+    engine: str
+    provider: str
+    precision: str
+    threads: int
+    streams: int
+    reason: str
+    detector: Detector
+    golden: Agreement | None = None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model folder with what every way of opening it needs."""
+
+    folder: Path
+    model: ModelFolder
+    threads: int
+    streams: int
+    head: Head
+
+    @property
+    def graph(self) -> bytes:
+        return (self.folder / "model.onnx").read_bytes()
+
+    def parts(self) -> Parts | None:
+        """The network in parts, where it can be taken apart and takes any number of images."""
+        return take_apart(self.graph) if self.head.kind == "dense" and self.head.batch == 0 else None
+
+    def backend(self, engine: str, provider: str, precision: str, reason: str, network: _Network) -> Backend:
+        """The description around a network."""
+        above = network if isinstance(network, SelectiveNetwork) else None
+        model = self.model
+        detector = Detector(network, self.head, model.classes, model.imgsz, model.stride, above)
+        return Backend(engine, provider, precision, self.threads, self.streams, reason, detector)
+
+
+_Opener = Callable[[_Source], Backend]
+
+
+def open_backend(folder: Path, model: ModelFolder, options: BackendOptions) -> Backend:
+    """Open a model folder in the fastest way that its golden images prove.
+
+    Also takes OpenCV's own threads away, process-wide: `streams` threads at work are all that the CPUs carry.
+
+    Args:
+        folder: the model folder.
+        model: its description, digest already checked (`ModelFolder.load`).
+        options: what is wanted; whatever is not `auto` is taken or refused.
+
+    Raises:
+        ModelError: the graph cannot be opened, or gives other boxes than the golden ones in every way allowed.
+        IntegrityError: the golden images are not those of the description.
+        SettingsError: the wanted engine is not installed, or nothing can prove it.
+    """
+    cv2.setNumThreads(1)
+    threads, streams = _shares(options, granted_cpus().threads)
+    head = read_head(onnx_session(folder / "model.onnx", 1), len(model.classes))
+    source = _Source(folder, model, threads, streams, head)
+    refused: list[str] = []
+    found = [_first(openers, source, refused) for openers in _openers(options, model)]
+    good = [item for item in found if item is not None]
+    if not good:
+        raise ModelError(
+            f"{folder} cannot be served: {'; '.join(refused)}",
+            "Export it again, allow another engine or precision, or look for another onnxruntime.",
+        )
+    chosen = good[0] if len(good) == 1 else _faster(good, source, refused)
+    chosen = replace(chosen, reason="; ".join([chosen.reason, *refused]))
+    _log.info(
+        "backend %s %s %s, %d x %d threads: %s",
+        *(chosen.engine, chosen.provider, chosen.precision, chosen.streams, chosen.threads, chosen.reason),
+    )
+    return chosen
+
+
+def _shares(options: BackendOptions, cpus: int) -> tuple[int, int]:
+    """(threads, streams). Many runs of one thread each get more out of the same CPUs than one run of many."""
+    streams = options.streams or min(_MOST_STREAMS, max(1, cpus // (options.threads or 1)))
+    return options.threads or max(1, cpus // streams), streams
+
+
+def _openers(options: BackendOptions, model: ModelFolder) -> list[list[_Opener]]:
+    """Ways to open the model, for each engine the best first; an engine's first that passes is its offer."""
+    onnxruntime: list[_Opener] = [_whole]
+    openvino: list[_Opener] = []
+    if model.golden:
+        onnxruntime = [*([_cuda] if _CUDA in ort.get_available_providers() else []), _selective, _whole]
+        if options.precision != "fp32" and (options.engine, options.precision) != ("onnxruntime", "auto"):
+            openvino.append(_openvino_bf16)
+        # Measured slower than onnxruntime at the same precision, so it must be asked for.
+        if options.engine == "openvino" and options.precision != "bf16":
+            openvino.append(_openvino_fp32)
+    elif options.engine == "openvino" or options.precision == "bf16":
+        raise SettingsError(
+            f"model {model.name} has no golden images that could prove another engine or precision",
+            "Export it with images (`haechi export --images`), or choose the engine onnxruntime.",
+        )
+    if not _openvino_installed() and openvino:
+        if options.engine == "openvino" or options.precision == "bf16":
+            raise SettingsError("OpenVINO is not installed", "Install haechi[openvino], or choose another engine.")
+        openvino = []
+    wants_openvino = options.engine == "openvino" or options.precision == "bf16"
+    return [ways for ways in ([] if wants_openvino else onnxruntime, openvino) if ways]
+
+
+def _first(openers: Sequence[_Opener], source: _Source, refused: list[str]) -> Backend | None:
+    """The first that opens and gives the golden boxes."""
+    for opener in openers:
+        try:
+            return _proven(opener(source), source)
+        except IntegrityError:
+            raise
+        # Each engine has errors of its own, and none of them may keep the next from serving.
+        except Exception as error:
+            text = error.problem if isinstance(error, HaechiError) else str(error)
+            refused.append(f"not {opener.__name__.strip('_')}: {text}")
+            _log.warning("backend %s refused: %s", opener.__name__.strip("_"), text)
+    return None
+
+
+def _proven(backend: Backend, source: _Source) -> Backend:
+    """The backend with its golden agreement.
+
+    Raises:
+        ModelError: other boxes.
+        IntegrityError: another number of golden images than described.
+    """
+    if not source.model.golden:
+        return replace(backend, reason=f"{backend.reason}; no golden images prove anything faster")
+    result = check_golden(source.folder, backend.detector, Tolerance() if backend.precision == "fp32" else _ROOMY)
+    if result.images != source.model.golden:
+        raise IntegrityError(
+            f"{source.folder} has {result.images} golden images, model.json says {source.model.golden}",
+            "Fetch the folder again.",
+        )
+    if backend.precision != "fp32" and result.boxes < _FEW:
+        raise ModelError(f"{result.boxes} golden boxes prove nothing of a lower precision, {_FEW} would")
+    if not result.ok:
+        raise ModelError(
+            f"the golden images give other boxes ({result.unmatched} unmatched, corners up to "
+            f"{result.max_box_px:.2f} px and scores up to {result.max_score:.4f} off)"
+        )
+    return replace(backend, golden=result)
+
+
+def _selective(source: _Source) -> Backend:
+    """onnxruntime on the network in parts, or with less work where it cannot be taken apart."""
+    parts = source.parts()
+    if parts is None:
+        network = _only(_onnx(lighten(source.graph), source.threads))
+        return source.backend(_ONNX, _CPU, "fp32", "the rewritten graph", network)
+    return source.backend(
+        _ONNX,
+        _CPU,
+        "fp32",
+        "boxes only where a class scores",
+        _assemble(parts, _onnx(parts.trunk, source.threads), source),
+    )
+
+
+def _whole(source: _Source) -> Backend:
+    """onnxruntime on the graph as it stands."""
+    network = _only(_onnx(source.graph, source.threads))
+    return source.backend(_ONNX, _CPU, "fp32", "the graph as it stands", network)
+
+
+def _cuda(source: _Source) -> Backend:
+    """onnxruntime on an NVIDIA GPU, in full float32. Not run by the tests: no GPU there."""
+    # TensorFloat-32, the default, rounds products to 10 bits.
+    session = onnx_session(source.graph, source.threads, [(_CUDA, {"use_tf32": "0"}), _CPU])
+    # onnxruntime goes on without the GPU where a library is missing.
+    if session.get_providers()[0] != _CUDA:
+        raise ModelError("onnxruntime's CUDA libraries cannot be loaded")
+    name = source.head.input_name
+    return source.backend(_ONNX, _CUDA, "fp32", "a GPU is there", lambda batch: session.run(None, {name: batch})[0])
+
+
+def _openvino_bf16(source: _Source) -> Backend:
+    """OpenVINO in bfloat16, where the processor multiplies it."""
+    return _openvino(source, "bf16")
+
+
+def _openvino_fp32(source: _Source) -> Backend:
+    """OpenVINO in float32."""
+    return _openvino(source, "fp32")
+
+
+def _openvino(source: _Source, precision: str) -> Backend:
+    import openvino  # type: ignore[import-untyped]
+
+    core = openvino.Core()
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise ModelError("this processor has no bf16")
+    config = {
+        "NUM_STREAMS": source.streams,
+        "INFERENCE_NUM_THREADS": source.threads * source.streams,
+        "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else precision,
+        # The container's CPUs are not its own to pin.
+        "ENABLE_CPU_PINNING": False,
+    }
+    parts = source.parts()
+    compiled = core.compile_model(core.read_model(parts.trunk if parts else source.graph), "CPU", config)
+    here = threading.local()
+
+    def run(batch: Floats) -> list[Floats]:
+        if not hasattr(here, "request"):  # a request serves one caller at a time
+            here.request = compiled.create_infer_request()
+        here.request.infer([batch], share_inputs=True)
+        return [here.request.get_output_tensor(index).data.copy() for index in range(len(compiled.outputs))]
+
+    network = _assemble(parts, run, source) if parts else _only(run)
+    return source.backend("openvino", "CPU", precision, f"OpenVINO at {precision}", network)
+
+
+def _assemble(parts: Parts, trunk: _Outputs, source: _Source) -> SelectiveNetwork:
+    """The network of a trunk and onnxruntime's branches, which work on too little for another engine to matter."""
+    branches = [(_only(_onnx(branch.model, 1)), branch.margin) for branch in parts.branches]
+    return SelectiveNetwork(trunk, branches, parts.bins)
+
+
+def _onnx(graph: bytes, threads: int) -> _Outputs:
+    session = onnx_session(graph, threads)
+    name = session.get_inputs()[0].name
+    return lambda batch: session.run(None, {name: batch})
+
+
+def _only(run: _Outputs) -> _Network:
+    return lambda batch: run(batch)[0]
+
+
+def _openvino_installed() -> bool:
+    return importlib.util.find_spec("openvino") is not None
+
+
+def _faster(backends: Sequence[Backend], source: _Source, refused: list[str]) -> Backend:
+    """The one with most images a second on the golden images."""
+    images = [decode(image.data) for image in read_golden(source.folder)]
+    rates = [_rate(backend, images) for backend in backends]
+    best = int(np.argmax(rates))
+    for backend, rate in zip(backends, rates, strict=True):
+        refused.append(f"{backend.engine} {backend.precision} {rate:.0f} images/s")
+    return backends[best]
+
+
+def _rate(backend: Backend, images: Sequence[NDArray[np.uint8]]) -> float:
+    """Images a second over a fraction of a second, with all streams at work."""
+
+    def work(until: float) -> int:
+        done = 0
+        while time.perf_counter() < until:
+            backend.detector.detect([images[done % len(images)]], conf=GOLDEN_CONF)
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(backend.streams) as pool:
+        start = time.perf_counter()
+        done = sum(pool.map(work, [start + _MEASURED] * backend.streams))
+        return done / (time.perf_counter() - start)
