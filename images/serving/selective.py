@@ -73,7 +73,7 @@ class SelectiveNetwork:
         # with the picture, its padding is the picture's.
         top, left = max(0, int(y.min()) - margin), max(0, int(x.min()) - margin)
         crop = level[:, :, top : int(y.max()) + margin + 1, left : int(x.max()) + margin + 1]
-        logits = branch(np.ascontiguousarray(crop))[0][:, y - top, x - left].T
+        logits: Floats = branch(np.ascontiguousarray(crop))[0][:, y - top, x - left].T
         bins = len(self._bins)
         if bins == 1:
             return logits
