@@ -57,7 +57,7 @@ class AccessLog:
         self._told_at = time.monotonic()
         self._closing = False
         if not _lines.handlers:
-            _lines.addHandler(_StandardOutput())
+            _lines.addHandler(_OUTPUT)
         _lines.setLevel(logging.INFO)
         _lines.propagate = False
         self._backlog = Backlog("access log", self._write, _WAITING)
@@ -91,11 +91,12 @@ class AccessLog:
         return True
 
     def _write(self, entries: list[dict[str, Any]]) -> None:
+        gone = _OUTPUT.lost
         for entry in entries:
             # ASCII only: a line break, an escape sequence or a direction mark in a path stays a \u escape in its quotes.
             _lines.info(json.dumps(_presentable(entry), separators=(",", ":")))
-        self._count("written", len(entries))
-        missing = Counter(left_out=self._left_out, lost=self._backlog.lost) - self._told
+        self._count("written", len(entries) - (_OUTPUT.lost - gone))
+        missing = Counter(left_out=self._left_out, lost=self._backlog.lost + _OUTPUT.lost) - self._told
         if missing and (self._closing or time.monotonic() - self._told_at >= 1):
             self._told_at = time.monotonic()
             self._told += missing
@@ -160,26 +161,33 @@ def _moment(seconds: float) -> str:
 class _StandardOutput(logging.Handler):
     """Writes to the descriptor itself: a thread that hangs there holds no lock that the end of the process needs."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost = 0
+
     def createLock(self) -> None:
         """None: one thread alone writes, and logging takes every handler's lock when the process ends."""
         self.lock = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line; without a reader it is gone."""
-        if sys.__stdout__ is None:
-            return
         data = f"{record.getMessage()}\n".encode()
         try:
             while data:
                 data = data[_write(data) :]
         except OSError:
-            return
+            self.lost += 1
 
 
 def _write(data: bytes) -> int:
+    if sys.__stdout__ is None:
+        raise OSError("the process was started without a standard output; descriptor 1 is something else")
     try:
         return os.write(1, data)
     except BlockingIOError:
         # Whoever started us has made the pipe non-blocking.
         select.select([], [1], [])
         return 0
+
+
+_OUTPUT = _StandardOutput()
