@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from haechi.components.shared.detections import Detector, Letterbox
-from haechi.components.shared.errors import InputError, IntegrityError, ModelError, NotFoundError, NotReadyError
+from haechi.components.shared.detections import Letterbox
+from haechi.components.shared.errors import InputError, NotFoundError, NotReadyError
 from haechi.components.shared.images import decode
-from haechi.components.shared.model_folder import ModelFolder, check_golden
+from haechi.components.shared.model_folder import ModelFolder
 
+from .backends import Backend, open_backend
+from .batching import Batcher, batching_gain
 from .inference import MIN_CONF, Image, InferenceRequest, Parameters, Prediction
 from .settings import ServingSettings
 from .stages import Stages
@@ -20,6 +22,9 @@ from .stages import Stages
 __all__ = ["Engine", "Models"]
 
 _CHUNK = 8  # images decoded at a time; what is held beyond that are encoded bytes
+_BATCH = 8
+_WORTHWHILE = 1.2  # times faster by fours than one by one: less is not worth the wait
+_MOST_WORKERS = 32
 
 
 class Engine:
@@ -29,17 +34,37 @@ class Engine:
         folder: the model folder.
         model: its description, digest already checked (`ModelFolder.load`).
         settings: what it may use.
+        observe: told the number of images of each run of the network, in a worker's thread.
+
+    Attributes:
+        model: its description.
+        backend: how the network is run, and why so.
+        batch: images that one run takes from several requests; 1 where each request runs alone.
+        workers: requests that may be worked on at the same time to keep the machine busy.
 
     Raises:
         ModelError, IntegrityError: the graph cannot be opened, or its golden images give other boxes.
     """
 
-    def __init__(self, folder: Path, model: ModelFolder, settings: ServingSettings) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: ModelFolder,
+        settings: ServingSettings,
+        observe: Callable[[int], None] | None = None,
+    ) -> None:
         self.model = model
+        self.backend = open_backend(folder, model, settings.backend)
+        self.batch = _batch(self.backend, settings.batch)
         self._max_pixels = settings.max_pixels
-        self._detector = model.detector(folder, settings.threads)
-        if model.golden:
-            _verify(folder, model, self._detector)
+        self._detector = self.backend.detector
+        if self.batch > 1:
+            self._detector = self._detector.through(
+                lambda run: Batcher(run, self.batch, settings.batch_wait / 1000, self.backend.streams, observe)
+            )
+        # While one batch runs, the next one gathers.
+        gathering = 2 * self.batch if self.batch > 1 else 0
+        self.workers = settings.workers or min(_MOST_WORKERS, max(self.backend.streams, gathering))
 
     def predict(self, request: InferenceRequest, stages: Stages | None = None) -> list[Prediction]:
         """Detect in the images of a request; blocks, so call it in a thread.
@@ -59,7 +84,7 @@ class Engine:
                     for place, image in enumerate(request.images[start : start + _CHUNK], start)
                 ]
             with stages.timed("infer"):
-                raws = self._detector.infer_prepared(prepared)
+                raws = self._detector.infer_prepared(prepared, min(limits))
             with stages.timed("post"):
                 for raw, (_, placed) in zip(raws, prepared, strict=True):
                     detections = self._detector.decode(raw, placed, limits, iou, wanted.max_det)
@@ -97,26 +122,29 @@ def _limits(model: ModelFolder, wanted: Parameters) -> Sequence[float]:
     return [limit if not chosen or index in chosen else np.inf for index, limit in enumerate(limits)]
 
 
-def _verify(folder: Path, model: ModelFolder, detector: Detector) -> None:
-    result = check_golden(folder, detector)
-    if result.images != model.golden:
-        raise IntegrityError(
-            f"{folder} has {result.images} golden images, model.json says {model.golden}", "Fetch the folder again."
-        )
-    if not result.ok:
-        raise ModelError(
-            f"{folder}: the golden images give other boxes here ({result.unmatched} unmatched, corners up to "
-            f"{result.max_box_px:.2f} px and scores up to {result.max_score:.4f} off)",
-            "Do not serve it: export it again, or look for another onnxruntime than it was exported with.",
-        )
+def _batch(backend: Backend, wanted: int) -> int:
+    """Images of several requests in one run: what the setting says, or by a measurement where it is 0."""
+    detector = backend.detector
+    if not detector.joinable or wanted == 1:
+        return 1
+    if wanted:
+        return wanted
+    side = detector.imgsz
+    gain = batching_gain(detector.infer, np.zeros((1, 3, side, side), dtype=np.float32))
+    return _BATCH if gain >= _WORTHWHILE else 1
 
 
 class Models:
-    """The models that this process serves, by name; `None` stands for one that is still loading."""
+    """The models that this process serves, by name; `None` stands for one that is still loading.
 
-    def __init__(self) -> None:
+    Args:
+        on_put: told of each engine before it is asked anything.
+    """
+
+    def __init__(self, on_put: Callable[[Engine], None] | None = None) -> None:
         self._engines: dict[str, Engine | None] = {}
         self.leaving = False  # the process is about to end
+        self._on_put = on_put or (lambda engine: None)
 
     def announce(self, name: str) -> None:
         """Make a name known before its engine is there."""
@@ -124,6 +152,7 @@ class Models:
 
     def put(self, name: str, engine: Engine) -> None:
         """Serve `engine` under `name` from now on; requests that the former one has begun end with it."""
+        self._on_put(engine)
         self._engines[name] = engine
 
     def names(self) -> list[str]:

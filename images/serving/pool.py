@@ -26,7 +26,7 @@ class Pool:
     def __init__(self, workers: int, queue: int) -> None:
         self.workers = workers
         self.queue = queue
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="worker")
+        self._threads = _threads(workers)
         self._taken = 0
 
     @property
@@ -59,12 +59,23 @@ class Pool:
         except TimeoutError:
             raise DeadlineError(f"no answer within {seconds} s", "Send fewer images, or allow more time.") from None
 
+    def resize(self, workers: int) -> None:
+        """Work on another number of requests at a time from now on; what has begun or waits ends in the old threads."""
+        if workers != self.workers:
+            former, self._threads = self._threads, _threads(workers)
+            self.workers = workers
+            former.shutdown(wait=False)
+
     def close(self) -> None:
         """Let running work end and the threads go."""
         self._threads.shutdown(wait=True)
 
     def _release(self) -> None:
         self._taken -= 1
+
+
+def _threads(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="worker")
 
 
 def _in_time(work: Callable[[], _Result], deadline: float | None) -> _Result:

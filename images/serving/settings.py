@@ -9,11 +9,11 @@ from typing import Any
 
 from haechi.components.shared.errors import SettingsError
 
+from .backends import ENGINES, PRECISIONS, BackendOptions
+
 __all__ = ["ServingSettings"]
 
 _PREFIX = "HAECHI_SERVING_"
-_ENGINES = ("auto", "onnxruntime", "openvino")
-_PRECISIONS = ("auto", "fp32", "bf16")
 _OTLP = "http/protobuf"
 
 
@@ -71,8 +71,8 @@ class ServingSettings:
     otlp_protocol: str = field(default=_OTLP, metadata={"env": "OTEL_EXPORTER_OTLP_PROTOCOL"})
 
     def __post_init__(self) -> None:
-        self._check(self.engine in _ENGINES, "engine", f"one of {', '.join(_ENGINES)}")
-        self._check(self.precision in _PRECISIONS, "precision", f"one of {', '.join(_PRECISIONS)}")
+        self._check(self.engine in ENGINES, "engine", f"one of {', '.join(ENGINES)}")
+        self._check(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}")
         for name in ("threads", "workers", "queue", "batch", "batch_wait", "watch", "sample_hourly"):
             self._check(getattr(self, name) >= 0, name, "0 or more")
         for name in ("timeout", "max_body", "max_pixels"):
@@ -88,6 +88,11 @@ class ServingSettings:
                 f"OTEL_EXPORTER_OTLP_PROTOCOL is {self.otlp_protocol!r}",
                 f"Set it to {_OTLP}, with the collector's port for that (4318 as a rule).",
             )
+
+    @property
+    def backend(self) -> BackendOptions:
+        """How the network may be run."""
+        return BackendOptions(self.engine, self.precision, self.threads)
 
     def _check(self, good: bool, name: str, wanted: str) -> None:
         if not good:
