@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from .stages import Stages
 
 __all__ = ["Engine", "Models"]
 
-_CHUNK = 8  # images decoded at a time; what is held beyond that are encoded bytes
+_CHUNK = 8  # images decoded at a time, and in one run at most; what is held beyond that are encoded bytes
 _BATCH = 8
 _WORTHWHILE = 1.2  # times faster by fours than one by one: less is not worth the wait
 _MOST_WORKERS = 32
@@ -57,10 +58,11 @@ class Engine:
         self.backend = open_backend(folder, model, settings.backend)
         self.batch = _batch(self.backend, settings.batch)
         self._max_pixels = settings.max_pixels
+        self._observe = observe or (lambda size: None)
         self._detector = self.backend.detector
         if self.batch > 1:
             self._detector = self._detector.through(
-                lambda run: Batcher(run, self.batch, settings.batch_wait / 1000, self.backend.streams, observe)
+                lambda run: Batcher(run, self.batch, settings.batch_wait / 1000, self.backend.streams, self._observe)
             )
         # While one batch runs, the next one gathers.
         gathering = 2 * self.batch if self.batch > 1 else 0
@@ -85,6 +87,9 @@ class Engine:
                 ]
             with stages.timed("infer"):
                 raws = self._detector.infer_prepared(prepared, min(limits))
+            if self.batch == 1:  # the batcher tells of its own runs
+                for size in Counter(canvas.shape for canvas, _ in prepared).values():
+                    self._observe(size)
             with stages.timed("post"):
                 for raw, (_, placed) in zip(raws, prepared, strict=True):
                     detections = self._detector.decode(raw, placed, limits, iou, wanted.max_det)
