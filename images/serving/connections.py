@@ -45,6 +45,9 @@ class Bounds:
     farewell_seconds: float = 0.5
 
 
+_OFFER = (b"connection", b"upgrade", b"http2-settings")
+
+
 class _Excess(Exception):
     """A head with more than is allowed."""
 
@@ -86,9 +89,7 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         former, in_body = self.cycle, self.cycle is not None and self.cycle.more_body
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # no other protocol is spoken here, and the request is answered as it is
+            self._feed(data)
         except httptools.HttpParserError as error:
             excess = error.__context__ if isinstance(error.__context__, _Excess) else None
             return self._refuse(431, str(excess)) if excess else self._refuse(400, "this is not HTTP/1.1")
@@ -129,11 +130,20 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The head is there: its time is over, and the request begins."""
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise ValueError("this is no proxy")
+            return
         self._forget_timer()
         if len(self.pipeline) >= self.bounds.pipelined:
             raise _Excess(f"more than {self.bounds.pipelined} requests wait for an answer on this connection")
         super().on_headers_complete()
         self.cycle.keep_alive = self.cycle.keep_alive and not self._leaving
+
+    def on_message_complete(self) -> None:
+        """The body is there."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def shutdown(self) -> None:
         """Leave after the answer at hand. An idle connection stays a moment, for a request that is on its way."""
@@ -143,6 +153,19 @@ class Connection(HttpToolsProtocol):
             return
         self._unset_keepalive_if_required()
         self.loop.call_later(self.bounds.farewell_seconds, self._leave)
+
+    def _feed(self, data: bytes) -> None:
+        """Feed the parser; where a client offers another protocol, what it sent is read again without the offer.
+
+        Java's client offers h2c with its first request, and the parser takes the body for that protocol.
+        """
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            head = self.parser.get_method() + b" " + self.url + b" HTTP/1.1\r\n"
+            kept = [name + b": " + value + b"\r\n" for name, value in self.headers if name not in _OFFER]
+            self.parser = httptools.HttpRequestParser(self)
+            self._feed(head + b"".join(kept) + b"\r\n" + data[offer.args[0] :])
 
     def _leave(self) -> None:
         if self.idle:
