@@ -22,7 +22,7 @@ from .app import create_app
 from .auth import access_of
 from .connections import Connection, Lingering, patient
 from .engine import Engine, Models
-from .health import grpc_server
+from .grpc_service import GrpcSide
 from .metrics import Metrics
 from .pool import Pool
 from .repository import repository_routes
@@ -67,20 +67,20 @@ def serve(
     # For its name, and to fail before anything starts; the first load checks the rest.
     description = ModelFolder.load(model, verify=False)
     given, name = name, name or description.name
-    models = Models()
+    pool = Pool(1, settings.queue)
+    models = Models(on_put=lambda engine: pool.resize(engine.workers))
     models.announce(name)
     metrics = Metrics(models)
     log = AccessLog(settings.log_share, metrics.logged)
     tracing = Tracing(metrics.traced) if settings.otlp_endpoint else None
     sampler = open_sampler(settings, metrics.sampled)
     observers = [watcher for watcher in (metrics, log, tracing, sampler) if watcher]
-    pool = Pool(settings.workers or 2, settings.queue)
     service = Service(models, pool, settings.timeout, access_of(settings), observers)
     swapper = Swapper(
         models,
         name,
         model,
-        lambda folder, model: Engine(folder, model, settings),
+        lambda folder, model: Engine(folder, model, settings, metrics.batches(name)),
         settings.watch,
         allow_unverified,
         any_name=bool(given),
@@ -109,7 +109,7 @@ def serve(
     listener = _listen(host, http_port)
     patient(listener)
     with contextlib.closing(listener), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_run(_Server(config, models), service, listener, f"{host}:{grpc_port}", load))
+        runner.run(_run(_Server(config, models), service, listener, f"{host}:{grpc_port}", settings.max_body, load))
     swapper.close()
     if sampler:
         sampler.close()
@@ -124,17 +124,18 @@ async def _run(
     service: Service,
     listener: socket.socket,
     grpc_address: str,
+    max_message: int,
     load: Callable[[], Coroutine[None, None, None]],
 ) -> None:
     """Both sides up at once, alive but not ready; the model loads beside them, and its failure ends them."""
     try:
-        grpc_side, grpc_port = grpc_server(service.models, grpc_address)
+        grpc_side = GrpcSide(service, grpc_address, max_message)
     except RuntimeError as error:
         raise InputError(
             f"cannot listen on {grpc_address} for gRPC ({error})", "Choose another --grpc-port."
         ) from error
     await grpc_side.start()
-    say(f"listening on {listener.getsockname()[1]} for HTTP and {grpc_port} for gRPC, loading")
+    say(f"listening on {listener.getsockname()[1]} for HTTP and {grpc_side.port} for gRPC, loading")
     loading = asyncio.create_task(load())
     loading.add_done_callback(lambda task: server.stop() if task.cancelled() or task.exception() else None)
     # Both sides at the same time, so that the process ends within one period of grace.

@@ -1,0 +1,242 @@
+"""The gRPC side: `inference.GRPCInferenceService`, with health and reflection beside it.
+
+Messages are those of the package `tritonclient`, whose service is a superset of the protocol's; only what is answered
+here is registered, and reflection tells of nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterable, Awaitable, Callable
+from operator import methodcaller
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+from grpc_health.v1.health_pb2 import HealthCheckRequest
+from tritonclient.grpc import service_pb2 as pb
+
+from haechi.components.shared.errors import DeadlineError, HaechiError, InputError, NotReadyError, OverloadError
+
+from .grpc_health import HEALTH, REFLECTION, Health, Reflection, reflected
+from .inference import InferenceRequest
+from .metadata import model_metadata, server_metadata
+from .service import REQUEST_ID, Call, Role, Service
+from .v2_grpc import GrpcExchange
+
+__all__ = ["GrpcSide"]
+
+_INFERENCE = "inference.GRPCInferenceService"
+_SPARE = 64  # RPCs at the same time beyond those that the pool takes: probes, and messages that still arrive
+_MESSAGE_SECONDS = 60.0
+_DETAILS = 1000  # characters of an error; the trailer that carries it may have 8 KiB
+_CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    422: grpc.StatusCode.INVALID_ARGUMENT,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+_Message = Any  # protobuf's, which have no types of their own here
+_Context = Any  # grpc.aio.ServicerContext
+_Read = Callable[[], Awaitable[_Message]]
+
+_log = logging.getLogger(__name__)
+
+
+class GrpcSide:
+    """A server that is bound, not yet started.
+
+    Args:
+        service: what answers.
+        address: host and port; port 0 takes a free one.
+        max_message: bytes of one message, in and out.
+
+    Attributes:
+        port: that it is bound to.
+
+    Raises:
+        RuntimeError: the address is taken.
+    """
+
+    def __init__(self, service: Service, address: str, max_message: int) -> None:
+        self._health = Health(service.models, _INFERENCE)
+        self._server = grpc.aio.server(
+            options=[
+                # Without it two servers share a port silently, and each gets half of the requests.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", max_message),
+                ("grpc.max_send_message_length", max_message),
+                # Streams of a client whose machine has gone end with this.
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+            ],
+            maximum_concurrent_rpcs=service.pool.workers + service.pool.queue + _SPARE,
+        )
+        inference = _Inference(service).handlers()
+        check = _Unary(service, HEALTH, "Check", HealthCheckRequest, self._health.check).handler()
+        health = {
+            "Check": check,
+            "Watch": grpc.unary_stream_rpc_method_handler(
+                self._health.watch, HealthCheckRequest.FromString, methodcaller("SerializeToString")
+            ),
+        }
+        pool = reflected(pb.DESCRIPTOR, inference)
+        for name, handlers in ((_INFERENCE, inference), (HEALTH, health)):
+            self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+        Reflection((_INFERENCE, HEALTH, REFLECTION), pool).add_to(self._server)
+        self.port: int = self._server.add_insecure_port(address)
+
+    async def start(self) -> None:
+        """Take requests."""
+        await self._server.start()
+
+    async def stop(self, seconds: float) -> None:
+        """Tell those who watch that the end is near, take nothing new, and let what has begun end within `seconds`."""
+        self._health.leave()
+        await self._server.stop(seconds)
+
+
+class _Unary:
+    """An RPC of one message for one message: one `Call`, and errors as status codes.
+
+    It is registered as one that takes a stream of messages, which is the same on the wire: so the caller is checked
+    before a message is taken in, and an RPC whose message never comes ends by itself.
+
+    Args:
+        service: what answers.
+        place, method: full name of the gRPC service, and the method's.
+        kind: class of the request's message.
+        work: answers; reads the message when it wants it, or raises what `_status` knows.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        place: str,
+        method: str,
+        kind: Any,
+        work: Callable[[Call, _Read, _Context], Awaitable[_Message]],
+    ) -> None:
+        self._service = service
+        self._path = f"/{place}/{method}"
+        self._kind = kind
+        self._work = work
+
+    def handler(self) -> grpc.RpcMethodHandler:
+        """As grpc registers it; messages come as bytes, so that a malformed one is answered as all else that is."""
+        return grpc.stream_unary_rpc_method_handler(self._handle, None, methodcaller("SerializeToString"))
+
+    async def _handle(self, messages: AsyncIterable[bytes], context: _Context) -> _Message:
+        call = Call("grpc", self._path)
+        call.identify({key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)})
+        with self._service.observed(call):
+            try:
+                answer = await self._work(call, lambda: self._read(call, messages), context)
+            except asyncio.CancelledError:
+                call.status = grpc.StatusCode.CANCELLED.value[0]
+                raise
+            except Exception as error:
+                call.error = error
+                code, details = _status(error, self._path)
+                call.status = code.value[0]
+                context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+                await context.abort(code, details)
+            context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+            return answer
+
+    async def _read(self, call: Call, messages: AsyncIterable[bytes]) -> _Message:
+        try:
+            async with asyncio.timeout(_MESSAGE_SECONDS):
+                data = await anext(aiter(messages))
+        except TimeoutError:
+            raise DeadlineError(
+                f"the message did not arrive within {_MESSAGE_SECONDS:.0f} s", "Send it faster."
+            ) from None
+        except StopAsyncIteration:
+            raise InputError("the RPC holds no message", f"Send one {self._kind.DESCRIPTOR.name}.") from None
+        call.bytes_in = len(data)
+        try:
+            return self._kind.FromString(data)
+        except DecodeError:
+            raise InputError(
+                f"the message is no {self._kind.DESCRIPTOR.name}", "Make it from the .proto file."
+            ) from None
+
+
+class _Inference:
+    """The methods of GRPCInferenceService."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._models = service.models
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        """By name."""
+        methods = {
+            "ServerLive": (pb.ServerLiveRequest, self._live),
+            "ServerReady": (pb.ServerReadyRequest, self._ready),
+            "ModelReady": (pb.ModelReadyRequest, self._model_ready),
+            "ServerMetadata": (pb.ServerMetadataRequest, self._server_metadata),
+            "ModelMetadata": (pb.ModelMetadataRequest, self._model_metadata),
+            "ModelInfer": (pb.ModelInferRequest, self._infer),
+        }
+        return {
+            name: _Unary(self._service, _INFERENCE, name, kind, work).handler()
+            for name, (kind, work) in methods.items()
+        }
+
+    async def _live(self, call: Call, read: _Read, context: _Context) -> _Message:
+        return pb.ServerLiveResponse(live=True)
+
+    async def _ready(self, call: Call, read: _Read, context: _Context) -> _Message:
+        return pb.ServerReadyResponse(ready=self._models.ready)
+
+    async def _model_ready(self, call: Call, read: _Read, context: _Context) -> _Message:
+        message = await read()
+        try:
+            self._models.find(message.name, message.version)
+        except NotReadyError:
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=True)
+
+    async def _server_metadata(self, call: Call, read: _Read, context: _Context) -> _Message:
+        return pb.ServerMetadataResponse(**server_metadata())
+
+    async def _model_metadata(self, call: Call, read: _Read, context: _Context) -> _Message:
+        message = await read()
+        told = model_metadata(message.name, self._models.find(message.name, message.version))
+        told.pop("properties")  # the protocol's message has no place for them
+        return pb.ModelMetadataResponse(**told)
+
+    async def _infer(self, call: Call, read: _Read, context: _Context) -> _Message:
+        headers = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        call.caller = await self._service.access.check(headers, Role.PREDICT)
+        message = await read()
+        if REQUEST_ID not in headers:
+            call.identify({**headers, REQUEST_ID: message.id})
+        exchange = GrpcExchange(message)
+
+        def parse() -> InferenceRequest:
+            parsed = exchange.parse()
+            call.camera = exchange.camera or call.camera
+            return parsed
+
+        name, version = message.model_name, message.model_version
+        seconds = context.time_remaining()
+        return await self._service.infer(call, name, version, parse, exchange.answer, seconds)
+
+
+def _status(error: Exception, path: str) -> tuple[grpc.StatusCode, str]:
+    """Code and details of an error; those of our own failures stay in the log."""
+    if isinstance(error, OverloadError):
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
+    if isinstance(error, HaechiError) and error.http_status in _CODES:
+        return _CODES[error.http_status], str(error)[:_DETAILS]
+    _log.error("%s failed", path, exc_info=error)
+    return grpc.StatusCode.INTERNAL, "internal error; the server's log has the details"
