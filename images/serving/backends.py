@@ -175,26 +175,25 @@ def _shares(options: BackendOptions, cpus: int) -> tuple[int, int]:
 
 def _openers(options: BackendOptions, model: ModelFolder) -> list[list[_Opener]]:
     """Ways to open the model, for each engine the best first; an engine's first that passes is its offer."""
-    onnxruntime: list[_Opener] = [_whole]
-    openvino: list[_Opener] = []
-    if model.golden:
-        onnxruntime = [*([_cuda] if _CUDA in ort.get_available_providers() else []), _selective, _whole]
-        if options.precision != "fp32" and (options.engine, options.precision) != ("onnxruntime", "auto"):
-            openvino.append(_openvino_bf16)
-        # Measured slower than onnxruntime at the same precision, so it must be asked for.
-        if options.engine == "openvino" and options.precision != "bf16":
-            openvino.append(_openvino_fp32)
-    elif options.engine == "openvino" or options.precision == "bf16":
-        raise SettingsError(
-            f"model {model.name} has no golden images that could prove another engine or precision",
-            "Export it with images (`haechi export --images`), or choose the engine onnxruntime.",
-        )
-    if not _openvino_installed() and openvino:
-        if options.engine == "openvino" or options.precision == "bf16":
-            raise SettingsError("OpenVINO is not installed", "Install haechi[openvino], or choose another engine.")
-        openvino = []
-    wants_openvino = options.engine == "openvino" or options.precision == "bf16"
-    return [ways for ways in ([] if wants_openvino else onnxruntime, openvino) if ways]
+    demanded = options.engine == "openvino" or options.precision == "bf16"
+    if not model.golden:
+        if demanded:
+            raise SettingsError(
+                f"model {model.name} has no golden images that could prove another engine or precision",
+                "Export it with images (`haechi export --images`), or choose the engine onnxruntime.",
+            )
+        return [[_whole]]
+    if demanded and not _openvino_installed():
+        raise SettingsError("OpenVINO is not installed", "Install haechi[openvino], or choose another engine.")
+    openvino: list[_Opener] = [] if options.precision == "fp32" else [_openvino_bf16]
+    if demanded:
+        # Measured slower than onnxruntime at the same precision, so float32 must be asked for.
+        return [[*openvino, *([] if options.precision == "bf16" else [_openvino_fp32])]]
+    gpu: list[_Opener] = [_cuda] if _CUDA in ort.get_available_providers() else []
+    offers: list[list[_Opener]] = [[*gpu, _selective, _whole]]
+    if options.engine == "auto" and openvino and not gpu and _openvino_installed():
+        offers.append(openvino)
+    return offers
 
 
 def _first(openers: Sequence[_Opener], source: _Source, refused: list[str]) -> Backend | None:

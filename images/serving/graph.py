@@ -312,7 +312,7 @@ def _enlarge_later(graph: _Graph) -> bool:
         except (_Unlike, ValueError):
             continue
         plain = weights.shape[2:] == (1, 1) and _attribute(conv, "group", 1) == 1 and _attribute(joined, "axis") == 1
-        if not plain or _mode(resize) != b"nearest" or not (graph.used_once(large) and graph.used_once(conv.input[0])):
+        if not (plain and _repeats_cells(graph, resize) and graph.used_once(large) and graph.used_once(conv.input[0])):
             continue
         name = conv.output[0]
         first = graph.constant(f"{name}/first", weights[:, :channels])
@@ -338,8 +338,13 @@ def _attribute(node: Any, name: str, default: int = 0) -> int:
     return next((int(item.i) for item in node.attribute if item.name == name), default)
 
 
-def _mode(node: Any) -> bytes:
-    return next((bytes(item.s) for item in node.attribute if item.name == "mode"), b"nearest")
+def _repeats_cells(graph: _Graph, resize: Any) -> bool:
+    """Whether a Resize takes the nearest cell by fixed factors, and leaves images and channels alone."""
+    mode = next((bytes(item.s) for item in resize.attribute if item.name == "mode"), b"nearest")
+    if mode != b"nearest" or len(resize.input) != 3 or resize.input[1]:
+        return False
+    scales = graph.weights.get(resize.input[2])
+    return scales is not None and list(graph.array(scales.name)[:2]) == [1, 1]
 
 
 def _free_picture(name: str) -> Any:

@@ -14,11 +14,13 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
+from haechi.components.export.step import export_checkpoint
 from haechi.components.shared.detections import Detector, onnx_session
 from haechi.components.shared.errors import InputError, IntegrityError, ModelError, SettingsError
 from haechi.components.shared.files import read_json, write_json
 from haechi.components.shared.images import decode
 from haechi.components.shared.model_folder import ModelFolder, read_golden
+from haechi.components.shared.parity import Tolerance, agree, compare
 from haechi.serving import backends, selective
 from haechi.serving.backends import BackendOptions, open_backend
 from haechi.serving.graph import lighten, take_apart
@@ -115,7 +117,19 @@ def test_a_graph_of_another_kind_stays_as_it_is() -> None:
     assert lighten(model) is model
 
 
-def test_a_box_branch_with_strides_is_not_taken_apart() -> None:
+def test_a_map_that_is_enlarged_to_a_given_size_stays_as_it_is() -> None:
+    model = onnx.load_from_string(small_yolo())
+    resize = next(node for node in model.graph.node if node.op_type == "Resize")
+    resize.input[:] = [resize.input[0], "", "", "sizes"]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray([2, 32, 16, 16]), "sizes"))
+    batch = pictures(2)
+
+    lighter = lighten(model.SerializeToString())
+
+    np.testing.assert_allclose(runner(lighter)(batch)[0], runner(model.SerializeToString())(batch)[0], atol=2e-3)
+
+
+def test_a_box_branch_with_holes_is_not_taken_apart() -> None:
     model = onnx.load_from_string(small_yolo())
     for node in model.graph.node:
         if node.name == "box0b":
@@ -284,3 +298,27 @@ def test_a_lower_precision_must_leave_room_in_the_tolerance(folder: Path, monkey
 
     assert (backend.engine, backend.precision) == ("onnxruntime", "fp32")
     assert "not openvino_bf16" in backend.reason
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("name", ["yolov8n", "yolo11n", "yolo26n"])
+def test_real_networks_come_apart_and_find_the_same_in_real_frames(name: str, realdata: Path, tmp_path: Path) -> None:
+    frames = sorted((realdata / "entrance").rglob("*.jpg"))[::10]
+    model = export_checkpoint(
+        realdata / "weights" / f"{name}.pt",
+        tmp_path / "m",
+        name="coco",
+        images=[realdata / "entrance"],
+        golden_images=6,
+    )
+
+    backend = open_backend(tmp_path / "m", model, ONLY_ONNX)
+    exact = model.detector(tmp_path / "m", threads=1)
+
+    assert backend.reason == "boxes only where a class scores"
+    agreements = []
+    for frame in frames:
+        pixels = decode(frame.read_bytes())
+        expected, found = (item.detect([pixels], conf=0.1)[0] for item in (exact, backend.detector))
+        agreements.append(compare(expected, found, 0.1, Tolerance(box_px=0.01, score=1e-4), 640))
+    assert agree(agreements).ok and agree(agreements).boxes > 10
