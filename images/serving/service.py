@@ -237,7 +237,7 @@ class Service:
         submitted = time.perf_counter()
 
         def work() -> _Answer:
-            call.stages.add("queue", time.perf_counter() - submitted)
+            call.stages.add("queue", submitted)
             with call.stages.timed("decode"):
                 request = parse()
             predictions = engine.predict(request, call.stages)

@@ -24,11 +24,11 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self.spans: list[tuple[str, float, float]] = []
 
-    def add(self, stage: str, seconds: float) -> None:
-        """Add to a stage what ends just now."""
+    def add(self, stage: str, begun: float) -> None:
+        """Add to a stage what has begun then, by `time.perf_counter`, and ends now."""
         ended = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-        self.spans.append((stage, ended - seconds, ended))
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + ended - begun
+        self.spans.append((stage, begun, ended))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -37,4 +37,4 @@ class Stages:
         try:
             yield
         finally:
-            self.add(stage, time.perf_counter() - begun)
+            self.add(stage, begun)

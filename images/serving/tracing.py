@@ -84,15 +84,16 @@ class Tracing:
         outcome = call.outcome
         if call.probe and outcome is Outcome.OK:
             return
-        # Stages are told by another clock than the call; both are laid on the time of day here and now.
-        now, day = time.perf_counter(), time.time()
+        # The call and its stages have clocks of their own; both are laid on the time of day as it is now.
+        day, now = time.time(), time.perf_counter()
+        begin = day - (time.monotonic() - call.begun)
         self._backlog.put(
             _Ended(
                 _name(call),
                 _attributes(call, outcome),
                 {"traceparent": call.traceparent, "tracestate": call.tracestate},
-                day - call.seconds,
-                day,
+                begin,
+                begin + call.seconds,
                 tuple((stage, day + begin - now, day + end - now) for stage, begin, end in tuple(call.stages.spans)),
                 outcome in _FAULTS,
             )
