@@ -88,6 +88,7 @@ class KserveStandIn:
         self._server, self._namespace = server, namespace
         self._rollouts: dict[str, _Rollout] = {}
         self._before: dict[str, str] = {}  # what the old pods serve
+        self._made: dict[str, Any] = {}  # of each service, what its Deployments were made from
         self._stop, self._failure = threading.Event(), ""
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -124,8 +125,12 @@ class KserveStandIn:
         if not self.asleep:
             for service in services:
                 self._make_deployments(service)
+        names = [service["metadata"]["name"] for service in services]
         for deployment in self._server.get(self._deployments())["items"]:
-            self._roll(deployment)
+            if deployment["metadata"]["labels"][_OWNER] in names:
+                self._roll(deployment)
+            else:  # Kubernetes collects what a deleted object owned
+                self._server.request("DELETE", f"{self._deployments()}/{deployment['metadata']['name']}")
         if not self.asleep:
             for service in services:
                 self._write_status(service, f"{path}/{service['metadata']['name']}")
@@ -137,6 +142,9 @@ class KserveStandIn:
         stable, canaries = spec["predictor"], spec.get("canary") or []
         pods = int(stable.get("minReplicas", 1))
         ready = {item["name"] for item in (service.get("status") or {}).get("canaryStatuses", []) if item["ready"]}
+        source = (service["metadata"]["uid"], service["metadata"]["generation"], ready)
+        if self._made.get(name) == source:
+            return
         for canary in canaries:
             predictor = {**stable, **canary["predictor"], "minReplicas": _canary_pods(canary, pods)}
             predictor["model"] = {**stable["model"], **canary["predictor"].get("model", {})}
@@ -147,6 +155,7 @@ class KserveStandIn:
         for item in self._server.get(f"{self._deployments()}?labelSelector={_OWNER}={name}")["items"]:
             if item["metadata"]["name"] not in wanted:
                 self._server.request("DELETE", f"{self._deployments()}/{item['metadata']['name']}")
+        self._made[name] = source
 
     def _apply_deployment(self, service: str, predictor: dict[str, Any]) -> None:
         name = predictor_name(service, predictor.get("name", ""))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,17 @@ from tiny_models import tiny_model_folder
 
 from haechi.components.deploy.inference_service import Patience, manifest, roll_out
 from haechi.components.deploy.kubernetes_api import MANAGER, InferenceServiceApi
+from haechi.components.deploy.step import deploy
 from haechi.components.shared.errors import DeployError
+from haechi.components.shared.files import write_json
 from haechi.components.shared.model_folder import ModelFolder
+from haechi.components.shared.settings import Settings
+from haechi.components.shared.storage import Store
+from haechi.components.shared.tracking import Tracker
 
 pytestmark = pytest.mark.e2e
 
-QUICK = Patience(timeout=8, poll=0.05, blocked=0.3)
+QUICK = Patience(timeout=60, poll=0.05, blocked=0.3)
 HASTY = replace(QUICK, timeout=1.5)
 SERVING = "entrance-predictor"
 OLD, NEW = "s3://models/entrance/old", "s3://models/entrance/new"
@@ -125,6 +130,60 @@ def _canary() -> dict[str, Any]:
     return {"trafficPercent": 10, "predictor": {"name": "v2", "model": model}}
 
 
+@dataclass(frozen=True)
+class Step:
+    """The step `deploy` with real store and MLflow, for models of one name."""
+
+    name: str
+    target: str
+    settings: Settings
+    root: Path
+
+    def challenger(self, shift: float, champion: str = "") -> tuple[ModelFolder, str]:
+        """Write a promoted model's artifacts; its description and the storageUri that it will have."""
+        folder = self.root / "onnx_model"
+        model = tiny_model_folder(folder, ["person"], name=self.name, shift=shift, checkpoint=b"weights", golden=False)
+        write_json(folder / "parity.json", {"ok": True, "images": 2})
+        verdict = {"decision": "promote", "reasons": [], "challenger": model.version, "champion": champion}
+        write_json(self.root / "verdict.json", verdict)
+        write_json(self.root / "scorecard.json", {"challenger": {}})
+        (self.root / "report").write_text("<!doctype html>")
+        return model, f"s3://{self.settings.bucket}/models/{self.name}/{model.version}"
+
+    def deploy(self, champion: str, patience: Patience) -> None:
+        deploy(
+            onnx_model=self.root / "onnx_model",
+            verdict=self.root,
+            report=self.root / "report",
+            name=self.name,
+            champion=champion,
+            target=self.target,
+            run_id="run-1",
+            out=self.root / "deployed",
+            settings=self.settings,
+            patience=patience,
+        )
+
+    def aliases(self) -> tuple[str, ...]:
+        found = [Tracker(self.settings).alias(self.name, alias) for alias in ("champion", "challenger")]
+        return tuple(alias.version for alias in found if alias)
+
+
+def test_the_step_moves_the_alias_only_once_the_new_pods_serve(
+    settings: Settings, store: Store, mlflow_uri: str, deployer: Deployer, kserve: KserveStandIn, tmp_path: Path
+) -> None:
+    target = f"kserve:{deployer.namespace}/entrance"
+    step = Step(deployer.namespace, target, replace(settings, mlflow_tracking_uri=mlflow_uri), tmp_path)
+    old, place = step.challenger(shift=0.0)
+    step.deploy("", QUICK)
+    assert (kserve.serving(SERVING), step.aliases()) == (place, (old.version, old.version))
+    new, never = step.challenger(shift=1.0, champion=old.version)
+    kserve.fates[never] = NEVER
+    with pytest.raises(DeployError, match=f"{place} was put back"):
+        step.deploy(old.version, HASTY)
+    assert (kserve.serving(SERVING), step.aliases()) == (place, (old.version, new.version))
+
+
 # --- each of these ends with the old model serving -------------------------------------------------------------------
 
 
@@ -199,7 +258,7 @@ def test_a_later_deploy_is_not_undone_by_an_earlier_one(serving_old: Deployer, k
 
     def first() -> None:
         try:
-            serving_old.roll_out(NEW, replace(QUICK, timeout=3))
+            serving_old.roll_out(NEW)
         except DeployError as error:
             failed.append(error)
 
@@ -214,6 +273,16 @@ def test_a_later_deploy_is_not_undone_by_an_earlier_one(serving_old: Deployer, k
     assert newest in str(failed[0])
     assert (serving_old.names(), kserve.serving(SERVING)) == (newest, newest)
     serving_old.roll_out(OLD)
+
+
+def test_a_service_that_is_deleted_meanwhile_is_not_made_again(deployer: Deployer, kserve: KserveStandIn) -> None:
+    deployer.roll_out(OLD)
+    kserve.fates[NEW] = NEVER
+    path = f"/apis/serving.kserve.io/v1beta1/namespaces/{deployer.namespace}/inferenceservices/entrance"
+    threading.Timer(1.0, lambda: deployer.cluster.request("DELETE", path)).start()
+    with pytest.raises(DeployError, match=r"deleted while .* was rolled out\. It names no model now"):
+        deployer.roll_out(NEW)
+    assert deployer.cluster.request("GET", path).status == 404
 
 
 # --- what the cluster forbids ----------------------------------------------------------------------------------------

@@ -139,6 +139,12 @@ def test_a_controller_that_sleeps_says_nothing(cluster: ApiServer, namespace: st
     until(lambda: status_of(cluster, namespace))
 
 
+def test_a_deleted_service_takes_its_deployment_along(cluster: ApiServer, ready: str, kserve: KserveStandIn) -> None:
+    path = f"/apis/serving.kserve.io/v1beta1/namespaces/{ready}/inferenceservices/entrance"
+    assert cluster.request("DELETE", path).status == 200
+    until(lambda: kserve.deployment("entrance-predictor") is None)
+
+
 REFUSED = [
     ([canary(NEXT, minReplicas=2)], "must not exceed"),
     ([canary(NEXT, maxReplicas=3)], "must not set maxReplicas"),
