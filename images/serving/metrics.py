@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -28,6 +29,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from haechi.components.shared.detections import Detections
+
 from .app import allow
 from .engine import Models
 from .gpu import GpuCollector
@@ -39,6 +42,7 @@ __all__ = ["Metrics"]
 _DURATIONS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0)
 _STAGES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
+_TOGETHER = 256  # images
 _CONFIDENCES = tuple(round(0.05 * step, 2) for step in range(1, 21))
 
 
@@ -50,7 +54,7 @@ class Metrics:
     """
 
     def __init__(self, models: Models) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
         self._models = models
         self._requests = Counter(
@@ -161,31 +165,44 @@ class Metrics:
 
 
 class _Found:
-    """Detections by model: by class, and how sure they were. Arrays at once, since a request may hold thousands."""
+    """Detections by model: by class, and how sure they were.
+
+    They are counted by the hundred, since arrays take as long for a few as for many: what a request adds waits for others.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._waiting: dict[tuple[str, tuple[str, ...]], list[Detections]] = {}
+        self._images = 0
         self._classes: dict[str, dict[str, int]] = {}
-        self._scores: dict[str, tuple[np.ndarray[Any, Any], float]] = {}
+        self._scores: dict[str, tuple[NDArray[np.int64], float]] = {}
 
     def add(self, model: str, names: Sequence[str], predictions: Sequence[Prediction]) -> None:
-        """Count the detections of one request."""
-        found = [item.detections for item in predictions if len(item.detections)]
-        if not found:
-            return
-        scores = np.concatenate([item.scores for item in found])
-        ids = np.bincount(np.concatenate([item.class_ids for item in found]))
-        bins = np.bincount(np.searchsorted(_CONFIDENCES, scores), minlength=len(_CONFIDENCES) + 1)
+        """Take the detections of one request, whose classes have these names."""
         with self._lock:
+            waiting = self._waiting.setdefault((model, tuple(names)), [])
+            waiting.extend([item.detections for item in predictions])
+            self._images += len(predictions)
+            if self._images >= _TOGETHER:
+                self._count()
+
+    def _count(self) -> None:
+        for (model, names), found in self._waiting.items():
+            scores = np.concatenate([item.scores for item in found])
+            ids = np.bincount(np.concatenate([item.class_ids for item in found]), minlength=len(names))
+            bins = np.bincount(np.searchsorted(_CONFIDENCES, scores), minlength=len(_CONFIDENCES) + 1)
             classes = self._classes.setdefault(model, {})
-            for index in np.flatnonzero(ids).tolist():
-                classes[names[index]] = classes.get(names[index], 0) + int(ids[index])
-            former, total = self._scores.get(model, (0, 0.0))
+            for name, number in zip(names, ids.tolist(), strict=False):
+                classes[name] = classes.get(name, 0) + number
+            former, total = self._scores.get(model, (np.zeros_like(bins), 0.0))
             self._scores[model] = bins + former, total + float(scores.sum(dtype=np.float64))
+        self._waiting.clear()
+        self._images = 0
 
     def classes(self, model: str, names: Sequence[str]) -> dict[str, int]:
         """Detections by class name, of those classes only; others are forgotten."""
         with self._lock:
+            self._count()
             kept = self._classes.get(model, {})
             self._classes[model] = {name: kept.get(name, 0) for name in names}
             return dict(self._classes[model])
@@ -193,6 +210,7 @@ class _Found:
     def scores(self, model: str) -> tuple[list[tuple[str, float]], float]:
         """Buckets as Prometheus wants them, each with all below it, and the sum."""
         with self._lock:
+            self._count()
             bins, total = self._scores.get(model, (np.zeros(len(_CONFIDENCES) + 1, np.int64), 0.0))
         limits = [*map(str, _CONFIDENCES), "+Inf"]
         return list(zip(limits, np.cumsum(bins).tolist(), strict=True)), total

@@ -194,7 +194,8 @@ def _make_spans(provider: TracerProvider, calls: Sequence[_Ended]) -> None:
     propagator = TraceContextTextMapPropagator()
     for call in calls:
         context = propagator.extract(call.headers, context=Context())
-        attributes = {name: _clean(value) for name, value in call.attributes.items() if value != ""}
+        told = {name: value for name, value in call.attributes.items() if value != ""}
+        attributes = {name: _clean(value) if isinstance(value, str) else value for name, value in told.items()}
         span = tracer.start_span(
             _clean(call.name), context, SpanKind.SERVER, attributes, start_time=_nanoseconds(call.begin)
         )
@@ -208,9 +209,9 @@ def _make_spans(provider: TracerProvider, calls: Sequence[_Ended]) -> None:
         span.end(_nanoseconds(call.end))
 
 
-def _clean(value: _Value) -> _Value:
+def _clean(text: str) -> str:
     """One lone surrogate in a camera's name would cost the whole batch: protobuf refuses it."""
-    return value[:_TEXT].encode(errors="replace").decode() if isinstance(value, str) else value
+    return text[:_TEXT].encode(errors="replace").decode()
 
 
 def _nanoseconds(seconds: float) -> int:
