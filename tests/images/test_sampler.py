@@ -263,9 +263,9 @@ def test_a_store_that_is_away_costs_samples_and_no_request(folder: Path, store: 
     dropped = {name: value for name, value in total.items() if name.startswith("dropped_")}
     assert total["kept"] == total["stored"] + sum(dropped.values())
     assert dropped["dropped_queue"] > 0
-    # Writing takes CPU too, so answers are rather faster while the store is away; twice as slow would be a wait.
+    # Writing takes CPU too, so answers are rather faster while the store is away; a wait would be a hundred times as long.
     for times in (away, mute):
-        assert statistics.median(times) < 2 * statistics.median(near)
+        assert statistics.median(times) < 3 * statistics.median(near)
 
 
 def test_a_kill_leaves_no_record_without_its_image(folder: Path, store: Store, gate: Gate) -> None:
@@ -294,7 +294,7 @@ def test_the_end_writes_what_waits_but_not_for_long(folder: Path, store: Store, 
         server.process.terminate()
         _, log = server.process.communicate(timeout=30)
         assert server.process.returncode == 0, log
-        assert time.monotonic() - begun < 12
+        assert time.monotonic() - begun < 20  # a store that hangs is given up after minutes only
     if state == "open":
         assert counts(store) == {"seen": 41, "kept": 41, "stored": 41}
 
