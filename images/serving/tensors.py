@@ -32,7 +32,7 @@ OUTPUTS: dict[str, tuple[str, tuple[int, ...]]] = {
     "labels": ("BYTES", (-1,)),
     "sizes": ("INT32", (-1, 2)),
 }
-_DTYPES = {"UINT8": np.dtype("<u1"), "FP32": np.dtype("<f4"), "INT32": np.dtype("<i4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("<u1"), "FP32": np.dtype("<f4"), "INT32": np.dtype("<i4")}
 _FORM = "Send BYTES [n], UINT8 [h, w, 3] or [n, h, w, 3], or FP32 [3, h, w] or [n, 3, h, w]."
 # What Triton's extensions ask of a tensor and nobody here gives.
 _FOREIGN = ("shared_memory_region", "shared_memory_byte_size", "shared_memory_offset", "classification")
