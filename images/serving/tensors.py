@@ -94,6 +94,11 @@ class InputTensor:
         Raises:
             InputError: other than numbers of the datatype, or not as many as the shape wants.
         """
+        wanted = "whole numbers from 0 to 255" if self.datatype == "UINT8" else "numbers"
+        refusal = self.error(f"has data other than {wanted}", f"Send pixels as {wanted}.")
+        # Before numpy looks: it gives every element the room of the longest text, terabytes for a hostile list.
+        if isinstance(values, list) and not _numbers(values):
+            raise refusal
         try:
             array = np.asarray(values)
         except (ValueError, OverflowError) as error:
@@ -106,9 +111,7 @@ class InputTensor:
                 f"Send {math.prod(self.shape)} numbers, flat or nested as its shape {list(self.shape)}.",
             )
         if self.datatype == "UINT8" and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255):
-            raise self.error("has data other than whole numbers from 0 to 255", "Send pixels as UINT8.")
-        if array.dtype.kind not in "iuf":
-            raise self.error("has data other than numbers", "Send pixels as numbers.")
+            raise refusal
         with np.errstate(over="ignore"):  # what becomes infinite is refused with all else that is not from 0 to 1
             return self._pixels(array.astype(_DTYPES[self.datatype], copy=False))
 
@@ -208,6 +211,14 @@ def _output(name: str, values: NDArray[Any] | list[str]) -> OutputTensor:
 
 def _fits(shape: tuple[int, ...], form: tuple[int, ...]) -> bool:
     return len(shape) == len(form) and all(want in (-1, size) for size, want in zip(shape, form, strict=True))
+
+
+def _numbers(values: list[Any], depth: int = 4) -> bool:
+    """Whether lists, nested at most so deep, hold nothing but numbers."""
+    kinds = set(map(type, values))
+    if list in kinds:
+        return depth > 1 and len(kinds) == 1 and all(_numbers(row, depth - 1) for row in values)
+    return kinds <= {int, float}
 
 
 def _nothing_foreign(where: str, parameters: Mapping[str, Any]) -> None:
