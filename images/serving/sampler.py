@@ -22,7 +22,8 @@ from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.settings import Settings
 
 from .inference import Image, InferenceRequest
-from .sample_writer import Counts, Origin, Row, Sample, SampleWriter
+from .sample_counts import Counts, Row
+from .sample_writer import Origin, Sample, SampleWriter
 from .sampling import Design, Quota, decide, near_limit
 from .service import Call, Outcome
 from .settings import ServingSettings
