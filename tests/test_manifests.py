@@ -303,6 +303,9 @@ FLOWS: list[tuple[Pod | str, Pod | str, int, bool]] = [
     (_STEP, _PIPELINES, 8887, True),
     (_STEP, _OTHER, 6443, True),
     (_STEP, _OTHER, 80, False),
+    (_STEP, _GATEWAY, 10443, True),
+    (_STEP, _PROMETHEUS, 9090, True),
+    (_STEP, _PROMETHEUS, 8080, False),
     (_PIPELINES, _STEP, 8080, False),
     ("Deployment/mlflow", "StatefulSet", 5432, True),
     ("Deployment/mlflow", _STORE, 9000, True),
@@ -420,7 +423,7 @@ def test_kserve_serves_what_deploy_applies_with_our_runtime_and_under_our_polici
 
 def test_the_runtime_starts_the_process_with_arguments_that_it_knows() -> None:
     (box,) = find(render("base/serving"), "ServingRuntime")["spec"]["containers"]
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     add_arguments(parser)
     known = parser.parse_args([argument.replace("{{.Name}}", "safety") for argument in box["args"]])
     assert (known.name, str(known.model), known.host) == ("safety", "/mnt/models", "0.0.0.0")
