@@ -377,7 +377,8 @@ def test_mlflow_takes_its_arguments_and_the_names_it_is_called_by() -> None:
     uri = find(render("base/pipeline"), "ConfigMap")["data"]["MLFLOW_TRACKING_URI"]
     for host in (uri.removeprefix("http://"), "mlflow.mlflow.svc.cluster.local:5000", "localhost:15000"):
         assert is_allowed_host_header(allowed, host)
-    assert not is_allowed_host_header(allowed, "mlflow.evil.example")
+    for host in ("mlflow.evil.example", "mlflow.mlflow.svc.evil.example:5000"):
+        assert not is_allowed_host_header(allowed, host)
     pinned = re.search(r"^mlflow==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned is not None
     assert box["image"].endswith(f":v{pinned[1]}-full")
