@@ -94,6 +94,7 @@ def test_calls_stages_and_detections_are_counted(server: Running) -> None:
         ("haechi_stage_duration_seconds_count", "tiny", "queue"): 3,
         ("haechi_stage_duration_seconds_count", "tiny", "infer"): 2,
         ("haechi_stage_duration_seconds_count", "tiny", "post"): 2,
+        ("haechi_batch_size_count", "tiny"): 2,
         ("haechi_detections_total", "person", "tiny"): 4,
         ("haechi_detections_total", "dog", "tiny"): 2,
         ("haechi_detection_confidence_count", "tiny"): 6,

@@ -276,8 +276,8 @@ def test_a_collector_that_is_away_costs_spans_and_nothing_else(folder: Path, awa
         seconds = time.monotonic() - begun
     assert server.process.returncode == 0
     assert seconds < 5  # 2 of them for the collector
-    assert len(errors.splitlines()) < 12, errors
-    assert "Traceback" not in errors
+    assert errors.count("tracing: the collector does not take spans") <= 1
+    assert not [line for line in errors.splitlines() if "export" in line or "Transient" in line or "Traceback" in line]
 
 
 @pytest.mark.parametrize(
