@@ -61,8 +61,18 @@ class Detections:
 
     def above(self, conf: float | Sequence[float]) -> Detections:
         """Those of at least `conf`, one value or one a class."""
+        return self._where(self._reaches(conf))
+
+    def below(self, conf: float | Sequence[float]) -> Detections:
+        """Those of less than `conf`, one value or one a class."""
+        return self._where(~self._reaches(conf))
+
+    def _reaches(self, conf: float | Sequence[float]) -> NDArray[np.bool_]:
         limit = np.asarray(conf, dtype=np.float32)
-        keep = self.scores >= (limit if limit.ndim == 0 else limit[self.class_ids])
+        enough: NDArray[np.bool_] = self.scores >= (limit if limit.ndim == 0 else limit[self.class_ids])
+        return enough
+
+    def _where(self, keep: NDArray[np.bool_]) -> Detections:
         return Detections(self.boxes[keep], self.scores[keep], self.class_ids[keep])
 
     def to_list(self, classes: Sequence[str]) -> list[dict[str, Any]]:

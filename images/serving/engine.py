@@ -17,7 +17,8 @@ from haechi.components.shared.model_folder import ModelFolder
 
 from .backends import Backend, open_backend
 from .batching import Batcher, batching_gain
-from .inference import MIN_CONF, Image, InferenceRequest, Parameters, Prediction
+from .inference import MAX_DET, MIN_CONF, Image, InferenceRequest, Parameters, Prediction
+from .sampling import MARGIN
 from .settings import ServingSettings
 from .stages import Stages
 
@@ -59,6 +60,8 @@ class Engine:
         self.backend = open_backend(folder, model, settings.backend)
         self.batch = _batch(self.backend, settings.batch)
         self._max_pixels = settings.max_pixels
+        # What just missed its limit is looked for only where somebody asks for it.
+        self._margin = MARGIN if settings.sample_uncertain else 0.0
         self._observe = observe or (lambda size: None)
         self._detector = self.backend.detector
         if self.batch > 1:
@@ -78,6 +81,7 @@ class Engine:
         stages = Stages() if stages is None else stages
         wanted = request.parameters
         limits = _limits(self.model, wanted)
+        lower = [max(MIN_CONF, limit - self._margin) for limit in limits]
         iou = self.model.iou if wanted.iou is None else wanted.iou
         found: list[Prediction] = []
         for start in range(0, len(request.images), _CHUNK):
@@ -87,14 +91,17 @@ class Engine:
                     for place, image in enumerate(request.images[start : start + _CHUNK], start)
                 ]
             with stages.timed("infer"):
-                raws = self._detector.infer_prepared(prepared, min(limits))
+                raws = self._detector.infer_prepared(prepared, min(lower))
             if self.batch == 1:  # the batcher tells of its own runs
                 for size in Counter(canvas.shape for canvas, _ in prepared).values():
                     self._observe(size)
             with stages.timed("post"):
                 for raw, (_, placed) in zip(raws, prepared, strict=True):
                     detections = self._detector.decode(raw, placed, limits, iou, wanted.max_det)
-                    found.append(Prediction(detections, placed.width, placed.height))
+                    below = (
+                        self._detector.decode(raw, placed, lower, iou, MAX_DET).below(limits) if self._margin else None
+                    )
+                    found.append(Prediction(detections, placed.width, placed.height, below))
         return found
 
     def _prepare(self, image: Image, place: int) -> tuple[NDArray[np.uint8], Letterbox]:

@@ -120,8 +120,15 @@ class InferenceRequest:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Detections in one image, above the limits asked for, and the upright image's size in pixels."""
+    """What was found in one image.
+
+    Attributes:
+        detections: above the limits asked for.
+        width, height: of the upright image in pixels.
+        below: what just missed those limits; None where nobody looked.
+    """
 
     detections: Detections
     width: int
     height: int
+    below: Detections | None = None

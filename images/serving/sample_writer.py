@@ -250,6 +250,7 @@ class SampleWriter:
                     "height": sample.prediction.height,
                 },
                 "detections": sample.prediction.detections.to_list(model.classes),
+                "below": below.to_list(model.classes) if (below := sample.prediction.below) else [],
                 "reasons": decision.reasons,
                 "probability": decision.probability,
                 "probability_random": decision.random,

@@ -124,15 +124,14 @@ def decide(
 def near_limit(prediction: Prediction, limits: Sequence[float], margin: float = MARGIN) -> bool:
     """Whether a detection's score lies near its class's limit, on either side.
 
-    What lies under the limits is seen only where the request asked for a lower `conf`: the engine reports no others.
-
     Args:
         prediction: of one image.
         limits: those of the model, by class; what a request chose for itself does not move them.
         margin: how near.
     """
-    found = prediction.detections
     return any(
         abs(score - limits[index]) < margin
+        for found in (prediction.detections, prediction.below)
+        if found is not None
         for score, index in zip(found.scores.tolist(), found.class_ids.tolist(), strict=True)
     )

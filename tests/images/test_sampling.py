@@ -187,6 +187,8 @@ def test_uncertain_is_what_lies_near_its_classs_limit_on_either_side(scores: tup
     count = len(scores)
     found = Detections(np.zeros((count, 4), np.float32), np.asarray(scores, np.float32), np.ones(count, dtype=np.int64))
     assert near_limit(Prediction(found, 10, 10), [0.9, 0.5]) is expected
+    nothing = found.above(2.0)
+    assert near_limit(Prediction(nothing, 10, 10, below=found), [0.9, 0.5]) is expected
 
 
 def test_the_estimator_of_the_documentation_covers_the_truth_as_often_as_it_says() -> None:

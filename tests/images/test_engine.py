@@ -1,0 +1,130 @@
+"""The engine: what one request may choose for itself, and what it sees beside the answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from haechi.components.shared.errors import InputError
+from haechi.components.shared.images import decode
+from haechi.components.shared.model_folder import ModelFolder
+from haechi.serving.engine import Engine, Models
+from haechi.serving.inference import InferenceRequest, Parameters
+from haechi.serving.settings import ServingSettings
+from tests.tiny_models import cell_box, paint, shade, tiny_model_folder
+
+SCENE = paint({(2, 3): shade(0, 0.9), (5, 5): shade(1, 0.6), (7, 7): shade(0, 0.45), (8, 1): shade(1, 0.3)})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_model_folder(path, ["person", "dog"])
+    return path
+
+
+def engine(folder: Path, **settings: object) -> Engine:
+    return Engine(folder, ModelFolder.load(folder), ServingSettings(**settings))  # type: ignore[arg-type]
+
+
+def found(engine: Engine, parameters: Parameters) -> list[tuple[int, float]]:
+    (prediction,) = engine.predict(InferenceRequest((SCENE,), parameters))
+    rows = prediction.detections
+    return [(int(index), float(score)) for index, score in zip(rows.class_ids, rows.scores, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        (Parameters(), [(0, 0.9), (1, 0.6)]),
+        (Parameters(conf=0.2), [(0, 0.9), (1, 0.6), (0, 0.45), (1, 0.3)]),
+        (Parameters(conf=0.7), [(0, 0.9)]),
+        (Parameters(conf=0.2, max_det=1), [(0, 0.9)]),
+        (Parameters(conf=0.2, classes=("dog",)), [(1, 0.6), (1, 0.3)]),
+        (Parameters(conf=0.2, classes=("1",), max_det=1), [(1, 0.6)]),
+        (Parameters(classes=("person", "dog")), [(0, 0.9), (1, 0.6)]),
+    ],
+)
+def test_a_request_chooses_limits_classes_and_number(
+    folder: Path, parameters: Parameters, expected: list[tuple[int, float]]
+) -> None:
+    rounded = [(index, pytest.approx(score, abs=0.02)) for index, score in expected]
+    assert found(engine(folder), parameters) == rounded
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"conf": 0}, "`conf` is 0"),
+        ({"conf": 1.1}, "`conf` is 1.1"),
+        ({"conf": "nan"}, "`conf` is 'nan'"),
+        ({"conf": True}, "`conf` is 'True'"),
+        ({"iou": 0}, "`iou` is 0"),
+        ({"iou": [1]}, "`iou` is"),
+        ({"max_det": 0}, "`max_det` is 0"),
+        ({"max_det": 2.5}, "`max_det` is 2.5"),
+        ({"max_det": 10**400}, "`max_det` is"),
+        ({"max_det": 301}, "`max_det` is 301"),
+        ({"classes": 7}, "`classes` is '7'"),
+        ({"classes": [None]}, "`classes` is"),
+    ],
+)
+def test_parameters_out_of_range_are_named(values: dict[str, object], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        Parameters.read(values)
+
+
+def test_an_unknown_class_is_named_with_those_there_are(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"names cat\. The model knows person, dog"):
+        found(engine(folder), Parameters(classes=("person", "cat")))
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+def test_tensors_give_the_boxes_of_the_encoded_image(folder: Path, kind: str) -> None:
+    pixels = decode(SCENE)
+    tensor = pixels if kind == "uint8" else np.ascontiguousarray((pixels / np.float32(255)).transpose(2, 0, 1))
+    (prediction,) = engine(folder).predict(InferenceRequest((tensor,)))
+    assert prediction.detections.boxes.tolist() == [list(cell_box(2, 3)), list(cell_box(5, 5))]
+    assert (prediction.width, prediction.height) == (320, 320)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -0.1, 1.5, 255.0])
+def test_tensors_that_are_no_pixels_are_refused(folder: Path, value: float) -> None:
+    tensor = np.zeros((3, 64, 64), dtype=np.float32)
+    tensor[1, 5, 5] = value
+    with pytest.raises(InputError, match="not all from 0 to 1"):
+        engine(folder).predict(InferenceRequest((tensor,)))
+
+
+def test_the_place_of_a_bad_image_is_named_among_several(folder: Path) -> None:
+    with pytest.raises(InputError, match="image 9: "):
+        engine(folder).predict(InferenceRequest((*[SCENE] * 9, SCENE[:50], SCENE)))
+
+
+def test_near_misses_are_seen_where_uncertain_samples_are_wanted_and_change_no_answer(folder: Path) -> None:
+    plain, curious = engine(folder), engine(folder, sample_uncertain=0.5)
+    (without,), (with_them,) = (item.predict(InferenceRequest((SCENE,))) for item in (plain, curious))
+    assert without.below is None and with_them.below is not None
+    assert with_them.detections.to_list(["person", "dog"]) == without.detections.to_list(["person", "dog"])
+    # 0.45 lies less than 0.1 under the limit 0.5, and 0.3 does not.
+    assert with_them.below.boxes.tolist() == [list(cell_box(7, 7))]
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(1, 1), (4, 4)])
+def test_batching_is_what_the_setting_says(folder: Path, batch: int, expected: int) -> None:
+    sizes: list[int] = []
+    made = Engine(folder, ModelFolder.load(folder), ServingSettings(batch=batch), sizes.append)
+    assert made.batch == expected
+    assert len(made.predict(InferenceRequest((SCENE, SCENE, paint({}, 640, 320))))) == 3
+    assert sorted(sizes) == [1, 2], "images of one shape share a run"
+
+
+def test_models_are_told_of_each_engine_before_it_serves(folder: Path) -> None:
+    told: list[tuple[Engine, Engine | None]] = []
+    models = Models(on_put=lambda item: told.append((item, models.get("x"))))
+    models.announce("x")
+    made = engine(folder)
+    models.put("x", made)
+    assert told == [(made, None)] and models.find("x") is made
