@@ -21,13 +21,14 @@ from .access_log import AccessLog
 from .app import create_app
 from .auth import access_of
 from .connections import Connection, Lingering, patient
+from .docs_page import docs_routes
 from .engine import Engine, Models
 from .grpc_service import GrpcSide
 from .metrics import Metrics
 from .pool import Pool
 from .repository import repository_routes
 from .sampler import open_sampler
-from .service import Service
+from .service import Open, Service
 from .settings import ServingSettings
 from .swap import Swapper
 from .tracing import Tracing
@@ -75,7 +76,8 @@ def serve(
     tracing = Tracing(metrics.traced) if settings.otlp_endpoint else None
     sampler = open_sampler(settings, metrics.sampled)
     observers = [watcher for watcher in (metrics, log, tracing, sampler) if watcher]
-    service = Service(models, pool, settings.timeout, access_of(settings), observers)
+    access = access_of(settings)
+    service = Service(models, pool, settings.timeout, access, observers)
     swapper = Swapper(
         models,
         name,
@@ -86,7 +88,8 @@ def serve(
         any_name=bool(given),
         on_swap=lambda outcome, version: metrics.swapped(name, outcome),
     )
-    routes = (*v2_routes(), *metrics.routes(), *repository_routes(swapper))
+    documentation = docs_routes(name, guarded=not isinstance(access, Open))
+    routes = (*v2_routes(), *metrics.routes(), *repository_routes(swapper), *documentation)
     config = uvicorn.Config(
         Lingering(create_app(service, settings.max_body, routes)),
         http=Connection,
