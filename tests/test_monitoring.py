@@ -23,7 +23,7 @@ _METRICS = {
     "haechi_requests_total": {"model", "protocol", "outcome"},
     "haechi_request_duration_seconds": {"model", "protocol"},
     "haechi_stage_duration_seconds": {"model", "stage"},
-    "haechi_requests_in_flight": {"model"},
+    "haechi_requests_in_flight": set(),
     "haechi_batch_size": {"model"},
     "haechi_detections_total": {"model", "class_name"},
     "haechi_detection_confidence": {"model"},
@@ -36,6 +36,19 @@ _HISTOGRAMS = {name for name in _METRICS if name.endswith(("_seconds", "_size", 
 _PROCESS = {"process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds", "process_max_fds", "up"}
 # Put on by Prometheus and by the PodMonitor.
 _SCRAPED = {"namespace", "pod", "container", "job", "instance", "inferenceservice", "predictor"}
+
+
+def test_the_runtime_says_just_that() -> None:
+    from haechi.serving.engine import Models
+    from haechi.serving.metrics import Metrics
+
+    metrics = Metrics(Models())
+    metrics.batches("m")(1)
+    families = {family.name: family for family in metrics.registry.collect()}
+    for name, labels in _METRICS.items():
+        family = families[name.removesuffix("_total")]
+        told = {label for sample in family.samples for label in sample.labels} - {"le"}
+        assert not told or told == labels, name
 
 
 @functools.cache
@@ -169,7 +182,7 @@ _WELL = {
     f'haechi_request_duration_seconds_bucket{{{_POD},le="2.5"}}': "0+600x800",
     f'haechi_request_duration_seconds_bucket{{{_POD},le="+Inf"}}': "0+600x800",
     f'haechi_detections_total{{{_POD},model="safety",class_name="fire"}}': "0+10x800",
-    f'haechi_swaps_total{{{_POD},model="safety",outcome="ok"}}': "0x400 1x400",
+    f'haechi_swaps_total{{{_POD},model="safety",outcome="swapped"}}': "0x400 1x400",
     f'haechi_samples_total{{{_POD},model="safety",outcome="written"}}': "0+60x800",
     f'process_open_fds{{{_POD},job="haechi-serving/haechi-detectors"}}': "80x800",
     f'process_max_fds{{{_POD},job="haechi-serving/haechi-detectors"}}': "1024x800",

@@ -68,6 +68,11 @@ class AccessLog:
     def finished(self, call: Call) -> None:
         """Hand a line to the thread, if the call gets one."""
         outcome = call.outcome
+        if call.probe and call.status in (
+            200,
+            503,
+        ):  # not ready is an answer, asked for every second while a model loads
+            return
         if outcome is Outcome.OK:
             if call.probe or zlib.crc32(call.request_id.encode()) >= self._share:
                 return

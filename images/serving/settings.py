@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -14,6 +15,8 @@ from .backends import ENGINES, PRECISIONS, BackendOptions
 __all__ = ["ServingSettings"]
 
 _PREFIX = "HAECHI_SERVING_"
+# What Kubernetes tells pods of a Service whose name begins like our settings, such as `haechi-serving`.
+_SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_[A-Z]+)?)?)$")
 _OTLP = "http/protobuf"
 
 
@@ -107,7 +110,9 @@ class ServingSettings:
         """
         env = os.environ if env is None else env
         known = {entry.metadata.get("env", f"{_PREFIX}{entry.name.upper()}"): entry for entry in fields(cls)}
-        stray = sorted(name for name in env if name.startswith(_PREFIX) and name not in known)
+        stray = sorted(
+            name for name in env if name.startswith(_PREFIX) and name not in known and not _SERVICE_LINK.search(name)
+        )
         if stray:
             raise SettingsError(f"{stray[0]} is no setting of the runtime", f"There are {', '.join(sorted(known))}.")
         values: dict[str, Any] = {

@@ -42,12 +42,11 @@ def bare(arguments: argparse.Namespace) -> None:
     """As many threads and the same engine as the server, without a server."""
     from haechi.components.shared.images import decode
     from haechi.components.shared.model_folder import ModelFolder
-    from haechi.serving.backends import open_backend
-    from haechi.serving.settings import ServingSettings
+    from haechi.serving.backends import BackendOptions, open_backend
 
     folder = Path(arguments.model)
     model = ModelFolder.load(folder)
-    backend = open_backend(folder, model, ServingSettings(engine=arguments.engine, precision=arguments.precision))
+    backend = open_backend(folder, model, BackendOptions(arguments.engine, arguments.precision))
     data = Path(arguments.image).read_bytes()
     limits = model.limits()
 

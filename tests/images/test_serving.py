@@ -433,6 +433,12 @@ def test_impossible_settings_are_refused(env: dict[str, str], match: str) -> Non
         ServingSettings.from_env(env)
 
 
+def test_variables_that_kubernetes_makes_of_services_are_no_settings() -> None:
+    links = ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_8080_TCP", "PORT_8080_TCP_ADDR")
+    names = [f"HAECHI_SERVING_{middle}{link}" for middle in ("", "CANARY_") for link in links]
+    assert ServingSettings.from_env(dict.fromkeys(names, "tcp://10.0.0.1:80")) == ServingSettings()
+
+
 def test_settings_come_from_the_environment() -> None:
     settings = ServingSettings.from_env(
         {"HAECHI_SERVING_QUEUE": "7", "HAECHI_SERVING_ENGINE": "", "HAECHI_BUCKET": "b"}
