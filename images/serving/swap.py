@@ -117,7 +117,7 @@ class Swapper:
                 try:
                     await self._take(seen)
                 except LoadRefused as refusal:
-                    say(str(refusal))
+                    await self._in_thread(say, str(refusal))
                 except _Moved:
                     pass
             last = seen
@@ -182,8 +182,9 @@ class Swapper:
             if engine is former:
                 return
             self._models.put(self.name, engine)
-            say(f"{self.name} {engine.model.version} is served from now on, after {former.model.version}")
             self._tell(Swap.SWAPPED, engine.model.version)
+            told = f"{self.name} {engine.model.version} is served from now on, after {former.model.version}"
+            await self._in_thread(say, told)  # where nobody reads our log, the loop must not wait for it
 
     async def _refused(self, stamp: _Stamp, error: Exception) -> LoadRefused:
         former = self._models.find(self.name).model.version
