@@ -429,6 +429,8 @@ def _wait_ready(url: str, name: str) -> None:
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/v2/health/ready").status_code == 200:
                 return
+        if call([*podman(), "inspect", "--format={{.State.Running}}", name]).stdout.strip() != "true":
+            break
         time.sleep(0.1)
     pytest.fail(f"never ready: {call([*podman(), 'logs', name]).stderr[-2000:]}")
 
