@@ -83,7 +83,7 @@ def _curl(model: str, guarded: bool) -> list[tuple[str, str]]:
         ("V1 JSON, up to 64 images", v1 + command(b64, f"/v1/models/{name}:predict")),
         ("V2 (Open Inference Protocol)", v2 + command(b64, f"/v2/models/{name}/infer")),
         ("V2, an image as it is", command(image, f"/v2/models/{name}/infer")),
-        ("Classes and thresholds", f"curl {shlex.quote(f'{_HERE}/v2/models/{name}')}"),
+        ("Classes and thresholds", command("", f"/v2/models/{name}")),
     ]
 
 
@@ -94,12 +94,12 @@ def _tag(document: dict[str, Any], tag: dict[str, str]) -> str:
         for method, operation in methods.items()
         if tag["name"] in operation["tags"]
     ]
-    return f"<h3>{escape(tag['description'])}</h3>{''.join(operations)}"
+    return f"<h3>{_prose(tag['description'])}</h3>{''.join(operations)}"
 
 
 def _operation(document: dict[str, Any], path: str, method: str, operation: dict[str, Any]) -> str:
     parts = [_parameters(document, operation), _examples(operation), _answers(operation)]
-    locked = " <span title='wants a key or token'>&#128274;</span>" if operation["security"] else ""
+    locked = " <small>(key)</small>" if operation["security"] else ""
     return (
         f"<details><summary><b>{method.upper()}</b> <code>{escape(path)}</code>{locked} {escape(operation['summary'])}"
         f"</summary><p>{_prose(operation.get('description', ''))}</p>{''.join(parts)}</details>"
@@ -137,8 +137,8 @@ def _answers(operation: dict[str, Any]) -> str:
 
 
 def _refusal_row(entry: tuple[str, dict[str, Any]]) -> str:
-    name, response = entry
-    return f"<tr><td>{escape(name)}<td>{_prose(response['description'])}"
+    status, response = entry
+    return f"<tr><td>{escape(status)}<td>{_prose(response['description'])}"
 
 
 def _json(value: Any) -> str:

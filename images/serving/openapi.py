@@ -15,18 +15,6 @@ from .v2 import HEADER_LENGTH
 
 __all__ = ["openapi"]
 
-_REFUSED = {
-    400: "BadRequest",
-    401: "Unauthorized",
-    403: "Forbidden",
-    404: "NotFound",
-    408: "Timeout",
-    409: "Refused",
-    413: "TooLarge",
-    415: "Coded",
-    503: "Unavailable",
-    504: "Deadline",
-}
 _BODY = (408, 413, 415, 503)  # what every request with a body may meet
 _ABOUT = """\
 JPEG in, boxes out. Boxes are `x1, y1, x2, y2` in pixels of the upright source image.
@@ -102,7 +90,7 @@ _TOLD = ("X-Request-Id", "X-Haechi-Camera", "X-Haechi-Sample", "traceparent")
 
 
 def _v2(model: str, guarded: bool) -> _Table:
-    metadata = ("models", "A model's metadata", "ModelMetadata", None, (404, 503), False)
+    metadata = ("models", "A model's metadata", "ModelMetadata", None, (404, 503), guarded)
     ready = ("models", "Whether a model is ready to infer", "ModelReady", _ready(model), (404, 503), False)
     about = {"name": "haechi", "version": version("haechi"), "extensions": ["binary_tensor_data", "parameters"]}
     paths = {"/v2": _get("models", "The server's metadata", "ServerMetadata", about, ())}
@@ -158,53 +146,47 @@ def _infer(model: str, guarded: bool, named: tuple[str, ...]) -> _Table:
 
 def _repository() -> _Table:
     """Administration, which always wants somebody who is known."""
-    refused = (400, *_BODY)
     index = {"name": "safety", "version": "0123456789ab", "state": "READY", "reason": ""}
-    named = {"parameters": ("name",)}
-
-    def post(summary: str, about: str, answers: dict[int, _Table], also: tuple[int, ...], **more: Any) -> _Table:
-        schema = {"type": "object", "additionalProperties": False}
-        if more:
-            body = {"application/json": {"schema": schema, "examples": {"nothing": {"value": {}}}}}
-        else:
-            ready = {"type": "object", "properties": {"ready": {"type": "boolean"}}}
-            body = {"application/json": {"schema": ready, "examples": {"ready": {"value": {"ready": True}}}}}
-        return {
-            "post": _operation(
-                "admin",
-                summary,
-                about,
-                answers,
-                tuple(sorted({*refused, *also})),
-                True,
-                body=body,
-                needed=False,
-                **more,
-            )
-        }
-
+    named = ("name",)
     return {
-        "/v2/repository/index": post(
+        "/v2/repository/index": _admin(
             "List the models with their state",
             "`ready` leaves out those that are not. `reason` says why the folder's content was refused, if it was.",
             {200: _answer("One row a model.", "RepositoryIndex", [index])},
             (),
+            takes={"ready": {"type": "boolean"}},
         ),
-        "/v2/repository/models/{name}/load": post(
+        "/v2/repository/models/{name}/load": _admin(
             "Serve what the model folder holds now",
             "The former model serves until the other one has given its golden boxes, and goes on if it does not.",
             {200: _answer("The version that is served.", "RepositoryLoaded", {"version": "0123456789ab"})},
             (404, 409),
-            **named,
+            named,
         ),
-        "/v2/repository/models/{name}/unload": post(
+        "/v2/repository/models/{name}/unload": _admin(
             "Refused",
             "A process has one model; end it instead. It is here since clients of the protocol know it.",
             {},
             (404,),
-            **named,
+            named,
         ),
     }
+
+
+def _admin(
+    summary: str,
+    description: str,
+    answers: dict[int, _Table],
+    refused: tuple[int, ...],
+    parameters: tuple[str, ...] = (),
+    takes: _Table | None = None,
+) -> _Table:
+    body = {"schema": {"type": "object", "properties": takes or {}}, "examples": {"nothing": {"value": {}}}}
+    operation = _operation(
+        "admin", summary, description, answers, (400, *_BODY, *refused), True, parameters, {"application/json": body}
+    )
+    operation["requestBody"]["required"] = False
+    return {"post": operation}
 
 
 def _process(guarded: bool) -> _Table:
@@ -278,17 +260,16 @@ def _operation(
     guarded: bool,
     parameters: tuple[str, ...] = (),
     body: _Table | None = None,
-    needed: bool = True,
 ) -> _Table:
     statuses = sorted({*refused, *((401, 403) if guarded else ())})
     responses = {str(status): answer for status, answer in answers.items()}
-    responses |= {str(status): ref("responses", _REFUSED[status]) for status in statuses}
+    responses |= {str(status): ref("responses", str(status)) for status in statuses}
     operation: _Table = {"tags": [tag], "summary": summary, "responses": responses}
     if description:
         operation["description"] = description
     if parameters:
         operation["parameters"] = [ref("parameters", name) for name in parameters]
     if body:
-        operation["requestBody"] = {"required": needed, "content": body}
+        operation["requestBody"] = {"required": True, "content": body}
     operation["security"] = [{"bearer": []}, {"key": []}] if guarded else []
     return operation

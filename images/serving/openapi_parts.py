@@ -19,7 +19,7 @@ _NUMBER = {"type": "number"}
 _COUNT = {"type": "integer", "minimum": 0}
 _TEXT = {"type": "string"}
 _VERSION = {"type": "string", "pattern": "^[0-9a-f]{12}$", "description": "First 12 hex digits of the graph's SHA-256."}
-# What a request may choose for itself: in the address, and in the body, which goes before it.
+# What a request may choose for itself in the address.
 _CHOICES: dict[str, dict[str, Any]] = {
     "conf": {
         **_NUMBER,
@@ -39,6 +39,15 @@ _CHOICES: dict[str, dict[str, Any]] = {
         "description": "Names or numbers of the classes to report, separated by commas; others are left out.",
     },
 }
+# In the body, which goes before the address: also numbers as text, classes as a list, and null for what is not chosen.
+_BODY_CHOICES: dict[str, dict[str, Any]] = {
+    **{name: {**schema, "type": [schema["type"], "string", "null"]} for name, schema in _CHOICES.items()},
+    "classes": {
+        "type": ["array", "string", "null"],
+        "items": {"type": ["string", "integer"]},
+        "description": "Names or numbers of the classes to report, as a list or separated by commas.",
+    },
+}
 _CAMERA = {
     **_TEXT,
     "maxLength": 128,
@@ -50,21 +59,18 @@ _HEADERS = {
     "X-Haechi-Sample": "Whatever its value: no image of this request is kept as a sample.",
     "traceparent": "The trace that the request is part of (W3C Trace Context).",
 }
-# Status → name, what it means.
+# Status → what it means.
 _REFUSALS = {
-    400: ("BadRequest", "The request contradicts itself, an image is none, or a parameter is out of its range."),
-    401: ("Unauthorized", "No key or token, or one that is not valid."),
-    403: ("Forbidden", "The caller is known and may not do this; or administration is switched off."),
-    404: ("NotFound", "There is no such model, or it is served in another version."),
-    408: ("Timeout", "The body did not arrive within 60 s."),
-    409: ("Refused", "What the model folder holds was not taken; the former model goes on serving."),
-    413: ("TooLarge", "The body is larger than HAECHI_SERVING_MAX_BODY."),
-    415: ("Coded", "The body has a Content-Encoding; send it as it is."),
-    503: (
-        "Unavailable",
-        "Too many requests wait already, or the model is still loading. Nothing is wrong with this one.",
-    ),
-    504: ("Deadline", "The request took longer than HAECHI_SERVING_TIMEOUT."),
+    400: "The request contradicts itself, an image is none, or a parameter is out of its range.",
+    401: "No key or token, or one that is not valid.",
+    403: "The caller is known and may not do this; or administration is switched off.",
+    404: "There is no such model, or it is served in another version.",
+    408: "The body did not arrive within 60 s.",
+    409: "What the model folder holds was not taken; the former model goes on serving.",
+    413: "The body is larger than HAECHI_SERVING_MAX_BODY.",
+    415: "The body has a Content-Encoding; send it as it is.",
+    503: "Too many requests wait already, or the model is still loading. Nothing is wrong with this one.",
+    504: "The request took longer than HAECHI_SERVING_TIMEOUT.",
 }
 _ALSO = {
     401: {"WWW-Authenticate": {"schema": {"const": "Bearer"}, "required": True}},
@@ -88,7 +94,7 @@ def components(model: str) -> dict[str, Any]:
     return {
         "schemas": _schemas(model),
         "parameters": _parameters(model),
-        "responses": {name: _refusal(status, text) for status, (name, text) in _REFUSALS.items()},
+        "responses": {str(status): _refusal(status, text) for status, text in _REFUSALS.items()},
         "headers": {"X-Request-Id": {"description": "The caller's own, or one made up.", "schema": _TEXT}},
         "securitySchemes": {
             "bearer": {
@@ -138,7 +144,7 @@ def _schemas(model: str) -> dict[str, Any]:
     named = {"model_name": name, "model_version": _VERSION}
     return {
         "Error": _object({"error": {**_TEXT, "description": "What is wrong, and the remedy."}}),
-        "Parameters": _object({}, _CHOICES, description="Names that are not listed are passed over."),
+        "Parameters": _object({}, _BODY_CHOICES, description="Names that are not listed are passed over."),
         "V1Request": _object(
             {"instances": _list(_object({"image": _object({"b64": encoded})}), minItems=1, maxItems=MAX_IMAGES)},
             {"parameters": ref("schemas", "Parameters")},
@@ -195,7 +201,7 @@ def _v2_schemas(named: dict[str, Any], encoded: dict[str, Any]) -> dict[str, Any
                     _object({"name": outputs}, {"parameters": _object({}, {"binary_data": flag})}),
                     description="Which to give; all where none is named.",
                 ),
-                "parameters": _object({}, {**_CHOICES, "camera": _CAMERA, "binary_data_output": flag}),
+                "parameters": _object({}, {**_BODY_CHOICES, "camera": _CAMERA, "binary_data_output": flag}),
             },
         ),
         "V2Answer": _object(

@@ -24,15 +24,14 @@ def repository_routes(swapper: Swapper) -> tuple[Route, ...]:
     async def index(request: Request) -> Response:
         await allow(request, Role.ADMIN)
         only_ready = (await _body(request)).get("ready", False)
+        if not isinstance(only_ready, bool):
+            raise InputError(f"`ready` is {str(only_ready)[:40]!r}", "Give true or false.")
         return JSONResponse([row for row in swapper.index() if row["state"] == "READY" or not only_ready])
 
     async def load(request: Request) -> Response:
         await allow(request, Role.ADMIN)
-        if (await _body(request)).get("parameters"):
-            raise InputError(
-                "a model cannot be sent along", "Put it into the model folder, and load without parameters."
-            )
-        return JSONResponse({"version": await swapper.load(request.path_params["name"])})
+        with_parameters = bool((await _body(request)).get("parameters"))
+        return JSONResponse({"version": await swapper.load(request.path_params["name"], with_parameters)})
 
     async def unload(request: Request) -> Response:
         await allow(request, Role.ADMIN)
