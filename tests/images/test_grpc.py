@@ -167,7 +167,7 @@ def test_other_models_and_versions_are_not_found(stub: Any, server: Running) -> 
 
 
 def test_what_is_not_served_is_unimplemented(stub: Any) -> None:
-    assert failure(lambda: stub.RepositoryIndex(pb.RepositoryIndexRequest()))[0] is Code.UNIMPLEMENTED
+    assert failure(lambda: stub.ModelStatistics(pb.ModelStatisticsRequest()))[0] is Code.UNIMPLEMENTED
     assert failure(lambda: list(stub.ModelStreamInfer(iter([request()]))))[0] is Code.UNIMPLEMENTED
 
 
@@ -432,6 +432,7 @@ def test_more_rpcs_than_may_run_are_refused_at_once(tmp_path: Path, monkeypatch:
     [
         (OverloadError("full"), Code.RESOURCE_EXHAUSTED, "full"),
         (StorageError("away"), Code.UNAVAILABLE, "away"),
+        (StorageError("x" * 9000), Code.UNAVAILABLE, "x" * 1000),
         (IntegrityError("secret path"), Code.INTERNAL, "internal error; the server's log has the details"),
         (ValueError("secret"), Code.INTERNAL, "internal error; the server's log has the details"),
     ],
