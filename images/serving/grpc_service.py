@@ -24,6 +24,7 @@ from .grpc_health import HEALTH, REFLECTION, Health, Reflection, reflected
 from .inference import InferenceRequest
 from .metadata import model_metadata, server_metadata
 from .service import REQUEST_ID, Call, Role, Service
+from .swap import Swapper
 from .v2_grpc import GrpcExchange
 
 __all__ = ["GrpcSide"]
@@ -37,6 +38,7 @@ _CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
+    409: grpc.StatusCode.FAILED_PRECONDITION,
     422: grpc.StatusCode.INVALID_ARGUMENT,
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -45,6 +47,8 @@ _CODES = {
 _Message = Any  # protobuf's, which have no types of their own here
 _Context = Any  # grpc.aio.ServicerContext
 _Read = Callable[[], Awaitable[_Message]]
+_Work = Callable[[Call, _Read, _Context], Awaitable[_Message]]
+_Methods = dict[str, tuple[Any, _Work]]
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +60,7 @@ class GrpcSide:
         service: what answers.
         address: host and port; port 0 takes a free one.
         max_message: bytes of one message, in and out.
+        swapper: what administrators load models with; without one there is no administration.
 
     Attributes:
         port: that it is bound to.
@@ -64,7 +69,7 @@ class GrpcSide:
         RuntimeError: the address is taken.
     """
 
-    def __init__(self, service: Service, address: str, max_message: int) -> None:
+    def __init__(self, service: Service, address: str, max_message: int, swapper: Swapper | None = None) -> None:
         self._health = Health(service.models, _INFERENCE)
         self._server = grpc.aio.server(
             options=[
@@ -78,7 +83,7 @@ class GrpcSide:
             ],
             maximum_concurrent_rpcs=service.pool.workers + service.pool.queue + _SPARE,
         )
-        inference = _Inference(service).handlers()
+        inference = _Inference(service, swapper).handlers()
         check = _Unary(service, HEALTH, "Check", HealthCheckRequest, self._health.check).handler()
         health = {
             "Check": check,
@@ -121,7 +126,7 @@ class _Unary:
         place: str,
         method: str,
         kind: Any,
-        work: Callable[[Call, _Read, _Context], Awaitable[_Message]],
+        work: _Work,
     ) -> None:
         self._service = service
         self._path = f"/{place}/{method}"
@@ -172,19 +177,21 @@ class _Unary:
 class _Inference:
     """The methods of GRPCInferenceService."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, swapper: Swapper | None) -> None:
         self._service = service
         self._models = service.models
+        self._repository = _Repository(swapper, self._allow).methods() if swapper else {}
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """By name."""
-        methods = {
+        methods: _Methods = {
             "ServerLive": (pb.ServerLiveRequest, self._live),
             "ServerReady": (pb.ServerReadyRequest, self._ready),
             "ModelReady": (pb.ModelReadyRequest, self._model_ready),
             "ServerMetadata": (pb.ServerMetadataRequest, self._server_metadata),
             "ModelMetadata": (pb.ModelMetadataRequest, self._model_metadata),
             "ModelInfer": (pb.ModelInferRequest, self._infer),
+            **self._repository,
         }
         return {
             name: _Unary(self._service, _INFERENCE, name, kind, work).handler()
@@ -209,14 +216,14 @@ class _Inference:
         return pb.ServerMetadataResponse(**server_metadata())
 
     async def _model_metadata(self, call: Call, read: _Read, context: _Context) -> _Message:
+        await self._allow(call, context, Role.PREDICT)
         message = await read()
         told = model_metadata(message.name, self._models.find(message.name, message.version))
         told.pop("properties")  # the protocol's message has no place for them
         return pb.ModelMetadataResponse(**told)
 
     async def _infer(self, call: Call, read: _Read, context: _Context) -> _Message:
-        headers = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        call.caller = await self._service.access.check(headers, Role.PREDICT)
+        headers = await self._allow(call, context, Role.PREDICT)
         message = await read()
         if REQUEST_ID not in headers:
             call.identify({**headers, REQUEST_ID: message.id})
@@ -230,6 +237,45 @@ class _Inference:
         name, version = message.model_name, message.model_version
         seconds = context.time_remaining()
         return await self._service.infer(call, name, version, parse, exchange.answer, seconds)
+
+    async def _allow(self, call: Call, context: _Context, role: Role) -> dict[str, str]:
+        """The headers, once their sender may."""
+        headers = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        call.caller = await self._service.access.check(headers, role)
+        return headers
+
+
+class _Repository:
+    """The methods of the model repository extension; all of them want the role `admin`."""
+
+    def __init__(self, swapper: Swapper, allow: Callable[[Call, _Context, Role], Awaitable[object]]) -> None:
+        self._swapper = swapper
+        self._allow = allow
+
+    def methods(self) -> _Methods:
+        """By name."""
+        return {
+            "RepositoryIndex": (pb.RepositoryIndexRequest, self._index),
+            "RepositoryModelLoad": (pb.RepositoryModelLoadRequest, self._load),
+            "RepositoryModelUnload": (pb.RepositoryModelUnloadRequest, self._unload),
+        }
+
+    async def _index(self, call: Call, read: _Read, context: _Context) -> _Message:
+        await self._allow(call, context, Role.ADMIN)
+        only_ready = (await read()).ready
+        rows = [row for row in self._swapper.index() if row["state"] == "READY" or not only_ready]
+        return pb.RepositoryIndexResponse(models=[pb.RepositoryIndexResponse.ModelIndex(**row) for row in rows])
+
+    async def _load(self, call: Call, read: _Read, context: _Context) -> _Message:
+        await self._allow(call, context, Role.ADMIN)
+        message = await read()
+        await self._swapper.load(message.model_name, bool(message.parameters))
+        return pb.RepositoryModelLoadResponse()
+
+    async def _unload(self, call: Call, read: _Read, context: _Context) -> _Message:
+        await self._allow(call, context, Role.ADMIN)
+        self._swapper.unload((await read()).model_name)
+        return pb.RepositoryModelUnloadResponse()
 
 
 def _status(error: Exception, path: str) -> tuple[grpc.StatusCode, str]:

@@ -8,9 +8,9 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
 
-import grpc.aio
 import uvicorn
 
 from haechi.components.shared.errors import InputError
@@ -111,9 +111,15 @@ def serve(
 
     listener = _listen(host, http_port)
     patient(listener)
-    with contextlib.closing(listener), asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_run(_Server(config, models), service, listener, f"{host}:{grpc_port}", settings.max_body, load))
-    swapper.close()
+    with (
+        contextlib.closing(listener),
+        contextlib.closing(pool),
+        contextlib.closing(swapper),
+        asyncio.Runner(loop_factory=config.get_loop_factory()) as runner,
+    ):
+        server = _Server(config, models)
+        grpc_side = partial(GrpcSide, service, f"{host}:{grpc_port}", settings.max_body, swapper)
+        runner.run(_run(server, grpc_side, listener, load))
     if sampler:
         sampler.close()
     log.close()
@@ -124,19 +130,15 @@ def serve(
 
 async def _run(
     server: _Server,
-    service: Service,
+    open_grpc: Callable[[], GrpcSide],
     listener: socket.socket,
-    grpc_address: str,
-    max_message: int,
     load: Callable[[], Coroutine[None, None, None]],
 ) -> None:
     """Both sides up at once, alive but not ready; the model loads beside them, and its failure ends them."""
     try:
-        grpc_side = GrpcSide(service, grpc_address, max_message)
+        grpc_side = open_grpc()
     except RuntimeError as error:
-        raise InputError(
-            f"cannot listen on {grpc_address} for gRPC ({error})", "Choose another --grpc-port."
-        ) from error
+        raise InputError(f"cannot listen for gRPC ({error})", "Choose another --grpc-port.") from error
     await grpc_side.start()
     say(f"listening on {listener.getsockname()[1]} for HTTP and {grpc_side.port} for gRPC, loading")
     loading = asyncio.create_task(load())
@@ -149,12 +151,11 @@ async def _run(
         loading.cancel()
         server.stopping.set()
         await draining
-        await asyncio.to_thread(service.pool.close)
     with contextlib.suppress(asyncio.CancelledError):
         await loading
 
 
-async def _drain(server: _Server, grpc_side: grpc.aio.Server) -> None:
+async def _drain(server: _Server, grpc_side: GrpcSide) -> None:
     await server.stopping.wait()
     await grpc_side.stop(_DRAIN_SECONDS)
 

@@ -122,16 +122,25 @@ class Swapper:
                     pass
             last = seen
 
-    async def load(self, name: str) -> str:
+    async def load(self, name: str, with_parameters: bool = False) -> str:
         """Look now, also at what was refused before.
+
+        Args:
+            name: of the model.
+            with_parameters: whether the caller sends a configuration or files along, which is refused.
 
         Returns:
             The version that is served from now on.
 
         Raises:
+            InputError: there are parameters.
             NotFoundError: no such model.
             LoadRefused: the folder's content was not taken, and why; the former model goes on.
         """
+        if with_parameters:
+            raise InputError(
+                "a model cannot be sent along", "Put it into the model folder, and load without parameters."
+            )
         former = self._models.find(name).model.version
         stamp = await self._in_thread(_stamp, self._folder)
         try:

@@ -34,6 +34,7 @@ async def _server(request: Request) -> Response:
 
 
 async def _model(request: Request) -> Response:
+    await allow(request, Role.PREDICT)
     name, version = _asked(request)
     return JSONResponse(model_metadata(name, service_of(request).models.find(name, version)))
 
