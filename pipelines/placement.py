@@ -17,6 +17,15 @@ _MLFLOW = {
     "token": "MLFLOW_TRACKING_TOKEN",
 }
 _USER = 1000  # the numeric user of the images
+# A pod that loses its node is started again. Argo counts `backoff_max_duration` from the start of the first attempt, and ends
+# a later attempt there too: kfp's default of one hour would neither retry nor finish a long training. A factor of 1 keeps
+# the wait at a minute, whichever attempt it is.
+_RETRY: dict[str, Any] = {
+    "num_retries": 10,
+    "backoff_duration": "60s",
+    "backoff_factor": 1.0,
+    "backoff_max_duration": "14d",
+}
 # Steps with an effect outside their outputs: a cached success would be a stale green.
 _NEVER_CACHED = ("resolve", "ingest", "label", "build", "deploy", "refuse")
 
@@ -49,13 +58,24 @@ def on_cluster(
 def on_gpu(
     task: dsl.PipelineTask, gpu_type: Any, gpu_count: Any, node_selector: Any, tolerations: Any
 ) -> dsl.PipelineTask:
-    """Give a training task its accelerators, its node pool, shared memory, and retries for spot nodes."""
+    """Give a training task its accelerators, its node pool, shared memory, and retries for spot nodes.
+
+    A retried pod starts with an empty /tmp, on any node of the pool: `train` resumes from `state/train/<key>/` in the
+    object store. Retries and the kind of shared memory are compiled in; KFP takes no parameters for them.
+
+    Args:
+        task: the task, in the pipeline's function.
+        gpu_type: pipeline parameter that names the accelerator's resource.
+        gpu_count: pipeline parameter, a number as text; "0" asks for none.
+        node_selector: pipeline parameter, labels that the node must have; {} for any node.
+        tolerations: pipeline parameter, a list of Kubernetes tolerations; [] for none.
+    """
     task.set_accelerator_type(gpu_type).set_accelerator_limit(gpu_count)
     kubernetes.add_node_selector_json(task, node_selector)
     kubernetes.add_toleration_json(task, tolerations)
     # Kubernetes gives 64 MiB of /dev/shm, too little for data loader workers.
     kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory")  # noqa: S108
-    return task.set_retry(num_retries=3, backoff_duration="60s", backoff_factor=2.0)
+    return task.set_retry(**_RETRY)
 
 
 def with_roboflow(task: dsl.PipelineTask, secret: Any) -> dsl.PipelineTask:

@@ -1,0 +1,192 @@
+"""Where pods run and what is cached, proven on the compiled pipeline: what a submit can set reaches the pod."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from haechi.pipelines.compiling import COMPILED
+
+Documents = list[dict[str, Any]]
+ALWAYS_RUN = {"resolve", "ingest", "label", "build", "deploy", "refuse"}
+# What may enter a cached step as a parameter. KFP's cache key holds parameters by value and artifacts by the number that
+# their record got when they were made; it knows nothing of what a name or an address leads to.
+DIGESTS = {"champion"}
+VALUES = {"name", "candidate", "seed", "device", "gpu_type", "gpu_count", "thresholds", "iou", "golden_images", "gate"}
+ONE_RUN = {"run_id"}
+
+
+@pytest.fixture(scope="module")
+def documents() -> Documents:
+    return list(yaml.safe_load_all((COMPILED / "training.yaml").read_text()))
+
+
+def tasks(documents: Documents) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Every step's name and task, with the component whose DAG it is in ("" for the root)."""
+    for owner, component in [("", documents[0]["root"]), *documents[0]["components"].items()]:
+        for name, task in component.get("dag", {}).get("tasks", {}).items():
+            yield name, task, owner
+
+
+def find(documents: Documents, step: str) -> tuple[dict[str, Any], str]:
+    return next((task, owner) for name, task, owner in tasks(documents) if name == step)
+
+
+def root_parameter(documents: Documents, owner: str, name: str) -> str:
+    """The pipeline's parameter that arrives in the DAG `owner` under `name`."""
+    while owner:
+        [(task, above)] = [
+            (task, above) for _, task, above in tasks(documents) if task["componentRef"]["name"] == owner
+        ]
+        entry = task["inputs"]["parameters"][name]
+        name, owner = entry["componentInputParameter"], above
+    assert name in documents[0]["root"]["inputDefinitions"]["parameters"]
+    return name
+
+
+def of_executor(documents: Documents, step: str, text: str) -> str:
+    """The pipeline's parameter behind a placeholder in a step's container."""
+    task, owner = find(documents, step)
+    [name] = re.findall(r"inputs\.parameters\['([^']+)'\]", text)
+    return root_parameter(documents, owner, task["inputs"]["parameters"][name]["componentInputParameter"])
+
+
+def of_platform(documents: Documents, step: str, entry: dict[str, Any]) -> str:
+    """The pipeline's parameter behind an entry of a step's Kubernetes settings."""
+    return root_parameter(documents, find(documents, step)[1], entry["componentInputParameter"])
+
+
+def platform(documents: Documents, step: str) -> dict[str, Any]:
+    executors = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    entry: dict[str, Any] = executors[f"exec-{step}"]
+    return entry
+
+
+def container(documents: Documents, step: str) -> dict[str, Any]:
+    entry: dict[str, Any] = documents[0]["deploymentSpec"]["executors"][f"exec-{step}"]["container"]
+    return entry
+
+
+def test_a_submit_sets_the_accelerator_of_a_training(documents: Documents) -> None:
+    accelerator = container(documents, "train")["resources"]["accelerator"]
+    assert of_executor(documents, "train", accelerator["resourceType"]) == "gpu_type"
+    assert of_executor(documents, "train", accelerator["resourceCount"]) == "gpu_count"
+
+
+def test_a_submit_sets_the_node_pool_of_a_training(documents: Documents) -> None:
+    settings = platform(documents, "train")
+    assert of_platform(documents, "train", settings["nodeSelector"]["nodeSelectorJson"]) == "node_selector"
+    [toleration] = settings["tolerations"]
+    assert of_platform(documents, "train", toleration["tolerationJson"]) == "tolerations"
+
+
+@pytest.mark.parametrize(
+    "step", ["resolve", "ingest", "label", "build", "train", "export", "evaluate", "deploy", "refuse"]
+)
+def test_a_submit_sets_image_settings_and_secrets_of_every_step(step: str, documents: Documents) -> None:
+    image = "train_image" if step in ("train", "export") else "steps_image"
+    assert of_executor(documents, step, container(documents, step)["image"]) == image
+    settings = platform(documents, step)
+    names = [of_platform(documents, step, entry["secretNameParameter"]) for entry in settings["secretAsEnv"]]
+    assert names[:2] == ["s3_secret", "mlflow_secret"]
+    [config] = settings["configMapAsEnv"]
+    assert of_platform(documents, step, config["configMapNameParameter"]) == "settings_config_map"
+
+
+def test_only_trainings_take_accelerators_and_their_pool(documents: Documents) -> None:
+    for name, _, _ in tasks(documents):
+        if f"exec-{name}" in documents[0]["deploymentSpec"]["executors"] and name != "train":
+            assert "accelerator" not in container(documents, name).get("resources", {}), name
+            assert not {"nodeSelector", "tolerations"} & set(platform(documents, name)), name
+
+
+def test_a_training_has_shared_memory_beyond_64_mebibytes(documents: Documents) -> None:
+    mounts = {entry["mountPath"]: entry for entry in platform(documents, "train")["emptyDirMounts"]}
+    assert mounts["/dev/shm"]["medium"] == "Memory"
+    assert "sizeLimit" not in mounts["/dev/shm"]
+
+
+def test_a_training_that_loses_its_node_is_retried_for_days(documents: Documents) -> None:
+    task, _ = find(documents, "train")
+    policy = task["retryPolicy"]
+    # Argo ends a retried attempt when this time since the *first* start is over, so one hour would kill long trainings.
+    assert int(policy["backoffMaxDuration"].rstrip("s")) >= 7 * 24 * 3600
+    assert policy["maxRetryCount"] >= 5
+    longest = int(policy["backoffDuration"].rstrip("s")) * policy["backoffFactor"] ** (policy["maxRetryCount"] - 1)
+    assert longest <= 600, "the wait before the last attempt"
+
+
+def test_steps_with_effects_are_not_retried_blindly(documents: Documents) -> None:
+    assert [name for name, task, _ in tasks(documents) if "retryPolicy" in task] == ["train"]
+
+
+def cached(documents: Documents) -> list[tuple[str, dict[str, Any], str]]:
+    executors = documents[0]["deploymentSpec"]["executors"]
+    return [
+        (name, task, owner)
+        for name, task, owner in tasks(documents)
+        if f"exec-{name}" in executors and task.get("cachingOptions", {}).get("enableCache")
+    ]
+
+
+def test_exactly_train_export_and_evaluate_may_be_cached(documents: Documents) -> None:
+    steps = {name for name, _, _ in tasks(documents) if f"exec-{name}" in documents[0]["deploymentSpec"]["executors"]}
+    assert {name for name, _, _ in cached(documents)} == {"train", "export", "evaluate"} == steps - ALWAYS_RUN
+
+
+def producers(documents: Documents, step: str) -> set[str]:
+    """The steps whose artifacts a step reads, through loops and conditions."""
+    task, owner = find(documents, step)
+    found = set()
+    for entry in task["inputs"].get("artifacts", {}).values():
+        at = owner
+        while "componentInputArtifact" in entry:
+            [(task, above)] = [
+                (task, above) for _, task, above in tasks(documents) if task["componentRef"]["name"] == at
+            ]
+            entry, at = task["inputs"]["artifacts"][entry["componentInputArtifact"]], above
+        producer = entry["taskOutputArtifact"]["producerTask"]
+        found.add("train" if producer.startswith("for-loop") else producer)
+    return found
+
+
+@pytest.mark.parametrize("step", ["train", "export", "evaluate"])
+def test_a_cached_step_reads_the_dataset_of_this_run_and_nothing_older(step: str, documents: Documents) -> None:
+    seen, ahead = set(), producers(documents, step)
+    while ahead:
+        name = ahead.pop()
+        seen.add(name)
+        if name not in ALWAYS_RUN:
+            ahead |= producers(documents, name) - seen
+    # `build` runs anew each time, so its artifact has a new number and the key of all that follows is new.
+    assert "build" in seen
+    assert seen <= {"build", "train", "export"}
+
+
+@pytest.mark.parametrize("step", ["train", "export", "evaluate"])
+def test_a_cached_step_takes_values_and_digests_and_no_address(step: str, documents: Documents) -> None:
+    component = documents[0]["components"][f"comp-{step}"]
+    assert set(component["inputDefinitions"]["parameters"]) <= DIGESTS | VALUES | ONE_RUN
+
+
+def test_a_champion_comes_as_the_digest_that_resolve_gives(documents: Documents) -> None:
+    for step in ("train", "evaluate"):
+        task, owner = find(documents, step)
+        entry = task["inputs"]["parameters"]["champion"]
+        if owner:
+            [loop] = [task for _, task, _ in tasks(documents) if task["componentRef"]["name"] == owner]
+            entry = loop["inputs"]["parameters"][entry["componentInputParameter"]]
+        assert entry["taskOutputParameter"] == {"outputParameterKey": "champion", "producerTask": "resolve"}
+
+
+def test_two_runs_never_share_a_training(documents: Documents) -> None:
+    task, owner = find(documents, "train")
+    [loop] = [task for _, task, _ in tasks(documents) if task["componentRef"]["name"] == owner]
+    run_id = task["inputs"]["parameters"]["run_id"]
+    if "componentInputParameter" in run_id:
+        run_id = loop["inputs"]["parameters"][run_id["componentInputParameter"]]
+    assert run_id["runtimeValue"]["constant"] == "{{$.pipeline_job_uuid}}"
