@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import re
@@ -11,10 +12,13 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+import tritonclient.grpc
 import uvicorn
 from starlette.requests import Request
 from starlette.responses import Response
@@ -26,6 +30,7 @@ from haechi.serving.engine import Engine, Models
 from haechi.serving.pool import Pool
 from haechi.serving.service import Service
 from haechi.serving.settings import ServingSettings
+from tests.serving_process import running
 from tests.tiny_models import paint, shade, tiny_model_folder
 
 SCENE = paint({(2, 3): shade(0, 0.9)})
@@ -433,3 +438,29 @@ def test_overload_is_told_within_50_ms(server: Server) -> None:
         filling.join()
     # The median, since other tests may use both cores.
     assert statistics.median(seconds) < 0.05, seconds
+
+
+def test_sigterm_is_not_ready_at_once_and_both_sides_end_what_has_begun(tmp_path: Path) -> None:
+    tiny_model_folder(tmp_path, ["person"])
+    big = paint({}, width=4000, height=3000)
+    env = {"HAECHI_SERVING_ENGINE": "onnxruntime", "HAECHI_SERVING_BATCH": "1", "HAECHI_SERVING_WORKERS": "2"}
+    with running(tmp_path, env=env) as process, socket.create_connection(("127.0.0.1", process.http), 10) as wire:
+        wire.sendall(GET)
+        assert answer(wire)[0] == 200
+        client = tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{process.grpc}")
+        tensor = tritonclient.grpc.InferInput("images", [12], "BYTES")
+        tensor.set_data_from_numpy(np.array([big] * 12, dtype=np.object_))
+        body = {"instances": [{"image": {"b64": base64.b64encode(big).decode()}}] * 12}
+        with ThreadPoolExecutor(2) as askers:
+            http = askers.submit(httpx.post, f"{process.url}/v1/models/tiny:predict", json=body, timeout=60)
+            rpc = askers.submit(client.infer, "tiny", [tensor])
+            time.sleep(0.5)
+            assert not http.done() and not rpc.done(), "both should still run when the signal comes"
+            process.process.terminate()
+            time.sleep(0.2)
+            wire.sendall(GET)
+            assert answer(wire) == (503, '{"ready":false}')
+            assert http.result().status_code == 200
+            assert rpc.result().as_numpy("boxes") is not None
+        client.close()
+        assert process.process.wait(20) == 0
