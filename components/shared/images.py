@@ -6,6 +6,7 @@ Every room decodes through `decode`, so that what was labelled, trained on, eval
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ _READERS: dict[str, type[ImageFile.ImageFile]] = {
     "WEBP": WebPImagePlugin.WebPImageFile,
     "TIFF": TiffImagePlugin.TiffImageFile,
 }
+# Encoders write about ten; thousands of empty ones make a small file cost minutes.
+_MAX_SCANS = 100
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
 _EXIF_ORIENTATION = 0x0112
 _EXIF_DATETIME = 0x0132
 _EXIF_IFD = 0x8769
@@ -69,6 +74,7 @@ class ImageHeader:
         frames: 1, or 2 for more: an animation or a multi-page file.
         orientation: EXIF orientation, 1 to 8; 1 where absent.
         captured_at: EXIF capture time (taken as UTC), or None.
+        progressive: whether a JPEG's pixels come in many scans.
     """
 
     format: str
@@ -77,6 +83,7 @@ class ImageHeader:
     frames: int
     orientation: int
     captured_at: datetime | None
+    progressive: bool = False
 
     @property
     def extension(self) -> str:
@@ -109,7 +116,8 @@ def read_header(data: bytes) -> ImageHeader:
         # Pillow turns a TIFF by itself and tells the turned size.
         if orientation >= 5 and image.format != "TIFF":
             width, height = height, width
-        return ImageHeader(str(image.format), width, height, _frames(image), orientation, taken)
+        progressive = "progressive" in image.info
+        return ImageHeader(str(image.format), width, height, _frames(image), orientation, taken, progressive)
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -134,9 +142,11 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
         )
     if header.frames > 1:
         raise InputError("the image has more than one frame", "Send single frames, not animations or pages.")
+    if header.progressive and _too_many_scans(data):
+        raise InputError(f"the JPEG has more than {_MAX_SCANS} scans", "Save it again with an ordinary encoder.")
     pixels = _decode_jpeg(data, limit) if header.format == "JPEG" else None
     if pixels is None:
-        pixels = _decode_any(data)
+        pixels = _decode_any(data, limit)
     if header.format != "TIFF":
         pixels = _upright(pixels, header.orientation)
     if pixels.shape != (header.height, header.width, 3):
@@ -215,8 +225,28 @@ def _strict_jpeg(data: bytes) -> Pixels:
     return pixels
 
 
-def _decode_any(data: bytes) -> Pixels:
+def _too_many_scans(data: bytes) -> bool:
+    """Whether a JPEG's pixels are gone through too often; embedded pictures and what follows the end do not count."""
+    # The bytes of a marker also occur by chance, but seldom a hundred times.
+    if data.count(b"\xff\xda") <= _MAX_SCANS:
+        return False
+    scans, at = 0, 2
+    for _ in range(100 * _MAX_SCANS):
+        marker = _MARKER.search(data, at)
+        if marker is None or marker[0] == b"\xff\xd9":
+            return scans > _MAX_SCANS
+        scans += marker[0] == b"\xff\xda"
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return True
+
+
+def _decode_any(data: bytes, limit: int) -> Pixels:
     with _opened(data) as image:
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            # A tile is decoded whole, however little of it the picture shows.
+            tile = image.tag_v2.get(_TILE_WIDTH, 0) * image.tag_v2.get(_TILE_LENGTH, 0)
+            if tile > limit:
+                raise InputError(f"the TIFF's tiles have more than {limit} pixels", "Write smaller tiles, or none.")
         if image.mode in ("I", "F"):
             raise InputError("the image has 32-bit samples, whose range is unknown", "Send 8 or 16 bits a sample.")
         if image.mode.startswith("I;16"):
@@ -225,7 +255,8 @@ def _decode_any(data: bytes) -> Pixels:
             return np.repeat(grey[:, :, None], 3, axis=2)
         # Straight to RGB, Pillow warns of a palette with transparency.
         picture = image.convert("RGBA") if image.mode in ("P", "PA") else image
-        return np.ascontiguousarray(np.asarray(picture.convert("RGB")))
+        # Even from RGB to RGB, Pillow copies.
+        return np.ascontiguousarray(np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB")))
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:

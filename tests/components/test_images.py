@@ -399,3 +399,55 @@ def test_the_index_grows_and_keeps_order() -> None:
         index.add(Signature(0 if number % 1000 == 7 else (1 << 64) - 1, bytes(256)))
     assert len(index) == 3000
     assert list(index.find(Signature(0, bytes(256)))) == [7, 1007, 2007]
+
+
+def progressive(scans: int, side: int = 64) -> bytes:
+    """A grey progressive JPEG by hand: the means, then scans of which each refines one frequency by nothing at all."""
+
+    def segment(kind: int, data: bytes) -> bytes:
+        return bytes([0xFF, kind]) + struct.pack(">H", len(data) + 2) + data
+
+    def scan(first: int, last: int, high: int, low: int, data: bytes) -> bytes:
+        return segment(0xDA, bytes([1, 1, 0, first, last, high << 4 | low])) + data
+
+    one_code = bytes([1] + [0] * 15)
+    blocks = (side // 8) ** 2
+    runs = b"\x00" * 4 * (blocks // 32768 + 1)  # each 15 bits: this and the next 16383 blocks hold nothing
+    steps = [(frequency, low) for low in range(13, -1, -1) for frequency in range(1, 64)][:scans]
+    return b"".join(
+        [
+            b"\xff\xd8" + segment(0xDB, b"\x00" + bytes([1] * 64)),
+            segment(0xC2, struct.pack(">BHHB", 8, side, side, 1) + bytes([1, 0x11, 0])),
+            segment(0xC4, b"\x00" + one_code + b"\x00") + segment(0xC4, b"\x10" + one_code + b"\xe0"),
+            scan(0, 0, 0, 0, b"\x00" * (blocks // 8)),
+            *(scan(step, step, 0 if low == 13 else low + 1, low, runs) for step, low in steps),
+            b"\xff\xd9",
+        ]
+    )
+
+
+def test_a_progressive_jpeg_has_so_many_scans_and_no_more() -> None:
+    assert decode(progressive(99)).shape == (64, 64, 3)
+    # What follows the end is not of the picture: phones write a film there.
+    assert decode(progressive(9) + b"\xff\xda" * 1000, 10**6).shape == (64, 64, 3)
+    with pytest.raises(InputError, match="more than 100 scans"):
+        decode(progressive(100))
+    bomb = progressive(63 * 14, 6000)
+    assert len(bomb) < 300_000
+    begun = time.process_time()
+    with pytest.raises(InputError, match="more than 100 scans"):
+        decode(bomb)
+    assert time.process_time() - begun < 1  # 13 s where it is decoded
+
+
+def test_a_tile_larger_than_any_picture_is_refused() -> None:
+    sink = io.BytesIO()
+    entries = {256: 32, 257: 32, 258: 8, 259: 8, 262: 1, 277: 1, 322: 30_000, 323: 30_000, 325: 3}
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in entries.items():
+        directory[tag] = value
+    directory[324] = 8
+    sink.write(b"II*\0" + struct.pack("<I", 12) + b"x\x9c\x00\x00")
+    directory.save(sink)
+    with pytest.raises(InputError, match=r"tiles have more than \d+ pixels"):
+        decode(sink.getvalue())
