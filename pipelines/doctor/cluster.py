@@ -1,0 +1,242 @@
+"""The cluster's static side: that it answers, its namespaces, the rights of steps, and the Services that settings name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from haechi.components.shared.errors import SettingsError
+from haechi.components.shared.settings import Settings
+
+from .findings import CannotLook, Finding, each
+from .web import resolves
+from .world import World
+
+__all__ = ["RIGHTS", "cluster_answers", "namespaces", "pod_settings", "rights", "services_in_cluster", "step_settings"]
+
+# What deploy does in the namespace that serves; manifests/base/serving/role.yaml grants it (a test compares).
+RIGHTS: tuple[tuple[str, str, str], ...] = (
+    *(("serving.kserve.io", "inferenceservices", verb) for verb in ("get", "list", "watch", "create", "patch")),
+    ("apps", "deployments", "get"),
+)
+_KFP = "ml-pipeline"
+
+
+@dataclass(frozen=True)
+class _Address:
+    """A Service that a URL names."""
+
+    url: str
+    name: str
+    namespace: str
+    port: int
+    source: str
+
+
+def cluster_answers(world: World) -> list[Finding]:
+    """The API server is there and accepts us."""
+    world.cluster.version()
+    return []
+
+
+def namespaces(world: World) -> list[Finding]:
+    """The namespaces that runs and detectors live in."""
+
+    def look(name: str) -> list[Finding]:
+        if world.cluster.get(f"/api/v1/namespaces/{name}") is not None:
+            return []
+        serves = name == world.aim.serving
+        fix = (
+            "kubectl apply --server-side -k manifests/overlays/local" if serves else f"kubectl create namespace {name}"
+        )
+        flag = "--serving" if serves else "--namespace"
+        return [Finding(f"namespace {name} does not exist", f"it was never made, or {flag} names another", fix)]
+
+    return each(dict.fromkeys([world.aim.namespace, world.aim.serving]), look)
+
+
+def step_settings(world: World) -> list[Finding]:
+    """The ConfigMap and the Secret that step pods start with: there, whole, and readable."""
+    aim = world.aim
+    found = []
+    data = world.config(aim.namespace, aim.config_map)
+    if data is None:
+        cause = f"pods that name it wait in CreateContainerConfigError; {aim.namespace} has no such ConfigMap"
+        found.append(
+            Finding(
+                f"ConfigMap {aim.namespace}/{aim.config_map} does not exist",
+                cause,
+                "kubectl apply --server-side -k manifests/base/pipeline",
+            )
+        )
+    else:
+        found += _readable(aim.namespace, aim.config_map, data)
+    keys = world.secret(aim.namespace, aim.s3_secret)
+    return [*found, *_step_keys(aim.namespace, aim.s3_secret, keys)]
+
+
+def rights(world: World) -> list[Finding]:
+    """What the steps' service account may do with InferenceServices."""
+    aim = world.aim
+    account = f"system:serviceaccount:{aim.namespace}:{aim.service_account}"
+    denied = [right for right in RIGHTS if not _allowed(world, account, right)]
+    if not denied:
+        return []
+    what = ", ".join(f"{verb} {resource}.{group}" for group, resource, verb in denied)
+    return [
+        Finding(
+            f"{account} may not {what} in namespace {aim.serving}: deploy will fail with 403",
+            f"no RoleBinding there gives Role haechi-deploy to ServiceAccount {aim.namespace}/{aim.service_account}",
+            f"kubectl -n {aim.serving} apply -f manifests/base/serving/role.yaml\n"
+            f"kubectl -n {aim.serving} create rolebinding haechi-deploy-{aim.namespace} --role=haechi-deploy "
+            f"--serviceaccount={aim.namespace}:{aim.service_account}",
+        )
+    ]
+
+
+def services_in_cluster(world: World) -> list[Finding]:
+    """The Services that settings name: there, on that port, with a ready pod behind them."""
+    return each(_addresses(world), lambda address: _service(world, address))
+
+
+def pod_settings(world: World) -> Settings:
+    """The settings that step pods get, with their keys.
+
+    Raises:
+        CannotLook: they may not be seen, or check `step-settings` found them wanting.
+    """
+    aim = world.aim
+    data, keys = world.config(aim.namespace, aim.config_map), world.secret(aim.namespace, aim.s3_secret)
+    if data is None or not keys or not (keys.get("access_key") and keys.get("secret_key")):
+        raise CannotLook("the step pods' settings are not whole, see check `step-settings`")
+    entries = {"HAECHI_S3_ACCESS_KEY": keys["access_key"], "HAECHI_S3_SECRET_KEY": keys["secret_key"]}
+    try:
+        return Settings.from_env({**data, **entries})
+    except SettingsError as error:
+        raise CannotLook("the step pods' settings cannot be read, see check `step-settings`") from error
+
+
+def _readable(namespace: str, name: str, data: dict[str, str]) -> list[Finding]:
+    where = f"ConfigMap {namespace}/{name}"
+    found = []
+    for key in ("HAECHI_S3_ENDPOINT", "HAECHI_S3_REGION", "HAECHI_BUCKET", "MLFLOW_TRACKING_URI"):
+        if key not in data:
+            cause = "step pods read it by name, and wait in CreateContainerConfigError without it"
+            fix = f"""kubectl -n {namespace} patch configmap {name} -p '{{"data": {{"{key}": "…"}}}}'"""
+            found.append(Finding(f"{where} has no {key}", cause, fix))
+    try:
+        Settings.from_env(data)
+    except SettingsError as error:
+        fix = f"kubectl -n {namespace} edit configmap {name}   # {error.remedy}"
+        found.append(Finding(f"{where}: {error.problem}", "steps refuse such a setting when they start", fix))
+    return found
+
+
+def _step_keys(namespace: str, name: str, keys: dict[str, str] | None) -> list[Finding]:
+    where = f"Secret {namespace}/{name}"
+    make = (
+        f"kubectl -n {namespace} create secret generic {name} --dry-run=client -o yaml --from-literal=access_key=… "
+        "--from-literal=secret_key=… | kubectl apply -f -"
+    )
+    if keys is None:
+        return [Finding(f"{where} does not exist", "step pods wait in CreateContainerConfigError without it", make)]
+    missing = [key for key in ("access_key", "secret_key") if not keys.get(key)]
+    if missing:
+        cause = f"it holds {', '.join(sorted(keys)) or 'nothing'}; step pods read access_key and secret_key"
+        return [Finding(f"{where} has no {' and no '.join(missing)}", cause, make)]
+    padded = [key for key in ("access_key", "secret_key") if keys[key] != keys[key].strip()]
+    if padded:
+        cause = "the value ends in a line break or a space, as `echo` without -n writes it, and no store accepts it"
+        return [Finding(f"{where}: {' and '.join(padded)} has blanks around it", cause, make)]
+    return []
+
+
+def _allowed(world: World, account: str, right: tuple[str, str, str]) -> bool:
+    group, resource, verb = right
+    spec: dict[str, Any] = {
+        "resourceAttributes": {"namespace": world.aim.serving, "group": group, "resource": resource, "verb": verb}
+    }
+    kind = "SelfSubjectAccessReview"
+    if world.cluster.user() != account:
+        kind, spec = "SubjectAccessReview", {**spec, "user": account, "groups": _groups(world.aim.namespace)}
+    path = f"/apis/authorization.k8s.io/v1/{kind.lower()}s"
+    found = world.cluster.review(path, {"apiVersion": "authorization.k8s.io/v1", "kind": kind, "spec": spec})
+    return bool(((found or {}).get("status") or {}).get("allowed"))
+
+
+def _groups(namespace: str) -> list[str]:
+    return ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"]
+
+
+def _addresses(world: World) -> list[_Address]:
+    """Services that the ConfigMaps name, and KFP's own; those outside the cluster are left to other checks."""
+    aim = world.aim
+    named = []
+    for namespace, name in ((aim.namespace, aim.config_map), (aim.serving, "haechi-serving-settings")):
+        data = world.config(namespace, name) or {}
+        for key in ("HAECHI_S3_ENDPOINT", "MLFLOW_TRACKING_URI"):
+            if data.get(key):
+                named.append((data[key], namespace, f"{key} of ConfigMap {namespace}/{name}"))
+    addresses = [address for entry in named if (address := _parse(*entry))]
+    unique = list({(item.name, item.namespace, item.port): item for item in addresses}.values())
+    kfp = _Address(f"http://{_KFP}.kubeflow:8888", _KFP, "kubeflow", 8888, "Kubeflow Pipelines")
+    return [*unique, kfp]
+
+
+def _parse(url: str, namespace: str, source: str) -> _Address | None:
+    """The Service that a URL names from inside a namespace, or None where it names no Service."""
+    parts = urlsplit(url)
+    labels = (parts.hostname or "").removesuffix(".").removesuffix(".cluster.local").split(".")
+    if len(labels) == 3 and labels[2] == "svc":
+        labels = labels[:2]
+    if len(labels) > 2 or not labels[0] or all(label.isdigit() for label in labels):
+        return None
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        return None  # check `step-settings` tells
+    return _Address(url, labels[0], labels[1] if len(labels) == 2 else namespace, port, source)
+
+
+def _service(world: World, address: _Address) -> list[Finding]:
+    where = f"Service {address.namespace}/{address.name}"
+    path = f"/api/v1/namespaces/{address.namespace}/services/{address.name}"
+    found = world.cluster.get(path)
+    if found is None:
+        if "." in (urlsplit(address.url).hostname or "") and resolves(address.url):
+            return []  # a host outside the cluster with two labels in its name
+        return [
+            Finding(
+                f"{where} does not exist, and {address.source} is {address.url}",
+                "the name or the namespace in it is another, or that part is not installed",
+                f"kubectl get services -A | grep -i {address.name.split('-')[0]}",
+            )
+        ]
+    if found["spec"].get("type") == "ExternalName":
+        return []
+    ports = [item["port"] for item in found["spec"].get("ports") or []]
+    if address.port not in ports:
+        shown = ", ".join(map(str, ports)) or "none"
+        fix = f"Write {address.url.rsplit(':', 1)[0] if address.url.count(':') > 1 else address.url}:{shown.split(',')[0]}"
+        return [
+            Finding(f"{where} has no port {address.port}, which {address.source} names", f"its ports: {shown}", fix)
+        ]
+    return _endpoints(world, address, where)
+
+
+def _endpoints(world: World, address: _Address, where: str) -> list[Finding]:
+    query = f"labelSelector=kubernetes.io/service-name%3D{address.name}"
+    slices = world.objects(address.namespace, "endpointslices", "discovery.k8s.io/v1", query)
+    for item in slices:
+        for endpoint in item.get("endpoints") or []:
+            if (endpoint.get("conditions") or {}).get("ready") is not False:
+                return []
+    return [
+        Finding(
+            f"{where} has no ready pod behind it ({address.source})",
+            "its pods are not ready, not there, or its selector matches none",
+            f"kubectl -n {address.namespace} get endpointslices -l kubernetes.io/service-name={address.name}\n"
+            f"kubectl -n {address.namespace} describe service {address.name}",
+        )
+    ]

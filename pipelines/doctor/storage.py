@@ -1,0 +1,235 @@
+"""The object store: reached, spoken to in the right protocol, with a clock and keys that it accepts, and a bucket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
+
+from minio.error import S3Error
+
+from haechi.components.shared.errors import SettingsError, StorageError
+from haechi.components.shared.settings import Settings
+from haechi.components.shared.storage import Store
+
+from .cluster import pod_settings
+from .findings import CannotLook, Finding, NotAsked
+from .web import Unreached, fetch, resolves
+from .world import World
+
+__all__ = ["kserve_keys", "settings", "step_keys", "store"]
+
+_SKEW = 300  # seconds; stores refuse signatures from 900 on
+_AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+_ANNOTATION = "serving.kserve.io/"
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Whose keys they are, and where they are set."""
+
+    whose: str
+    access: str
+    secret: str
+    bucket: str
+    endpoint: str
+
+
+_HERE = _Keys("this machine's", "HAECHI_S3_ACCESS_KEY", "HAECHI_S3_SECRET_KEY", "HAECHI_BUCKET", "HAECHI_S3_ENDPOINT")
+
+
+def settings(world: World) -> list[Finding]:
+    """The environment's settings can be read."""
+    try:
+        world.read_settings()
+    except SettingsError as error:
+        return [
+            Finding(error.problem, "every verb and every step refuses such a setting", f"export …   # {error.remedy}")
+        ]
+    return []
+
+
+def store(world: World) -> list[Finding]:
+    """The store that this machine's settings name."""
+    if not world.settings.s3_endpoint:
+        raise NotAsked("HAECHI_S3_ENDPOINT is not set and no `haechi up` runs in the workdir")
+    return _look(world, world.settings, _HERE)
+
+
+def step_keys(world: World) -> list[Finding]:
+    """The store with the keys that step pods get from their Secret."""
+    aim = world.aim
+    found = pod_settings(world)
+    secret = f"Secret {aim.namespace}/{aim.s3_secret}"
+    names = f"ConfigMap {aim.namespace}/{aim.config_map}"
+    keys = _Keys(
+        f"{secret}'s",
+        f"access_key in {secret}",
+        f"secret_key in {secret}",
+        f"HAECHI_BUCKET in {names}",
+        f"HAECHI_S3_ENDPOINT in {names}",
+    )
+    return _look(world, _from_here(world, found), keys)
+
+
+def kserve_keys(world: World) -> list[Finding]:
+    """The keys of KServe's storage initializer: attached to the service account, whole, and accepted by the store."""
+    namespace = world.aim.serving
+    account = world.cluster.get(f"/api/v1/namespaces/{namespace}/serviceaccounts/default") or {}
+    attached = [str(item.get("name")) for item in account.get("secrets") or []]
+    name = "haechi-s3" if "haechi-s3" in attached or not attached else attached[0]
+    found = world.cluster.get(f"/api/v1/namespaces/{namespace}/secrets/{name}")
+    data = world.secret(namespace, name)
+    if found is None or data is None:
+        if not attached:
+            raise NotAsked(
+                f"{namespace} has no Secret haechi-s3: its pods have a workload identity, or nothing is served"
+            )
+        cause, fix = "ServiceAccount default lists it", "kubectl apply -k manifests/examples/secrets"
+        return [Finding(f"Secret {namespace}/{name} does not exist", cause, fix)]
+    wrong = _attached(namespace, name, attached) + _whole(namespace, name, data)
+    annotations = found["metadata"].get("annotations") or {}
+    wrong += _annotations(namespace, name, annotations)
+    if wrong:
+        return wrong
+    return _with_kserve_keys(world, namespace, name, data, annotations)
+
+
+def _with_kserve_keys(
+    world: World, namespace: str, name: str, data: dict[str, str], annotations: dict[str, str]
+) -> list[Finding]:
+    scheme = "http" if annotations.get(f"{_ANNOTATION}s3-usehttps") == "0" else "https"
+    serving = world.config(namespace, "haechi-serving-settings") or {}
+    host = annotations.get(f"{_ANNOTATION}s3-endpoint") or "s3.amazonaws.com"
+    wanted = Settings(
+        s3_endpoint=f"{scheme}://{host}",
+        s3_access_key=data[_AWS[0]],
+        s3_secret_key=data[_AWS[1]],
+        s3_region=annotations.get(f"{_ANNOTATION}s3-region", "us-east-1"),
+        bucket=serving.get("HAECHI_BUCKET") or "haechi",
+    )
+    secret = f"Secret {namespace}/{name}"
+    place = f"{_ANNOTATION}s3-endpoint on {secret}"
+    keys = _Keys(f"{secret}'s", f"{_AWS[0]} in {secret}", f"{_AWS[1]} in {secret}", "HAECHI_BUCKET", place)
+    return _look(world, _from_here(world, wanted), keys)
+
+
+def _from_here(world: World, wanted: Settings) -> Settings:
+    """The same keys and bucket, by an address that works from here.
+
+    Raises:
+        CannotLook: the endpoint's name exists in the cluster only, and this machine names no other way to the store.
+    """
+    if resolves(wanted.s3_endpoint):
+        return wanted
+    local = world.settings.s3_endpoint
+    if local:
+        return replace(wanted, s3_endpoint=local)
+    parts = urlsplit(wanted.s3_endpoint)
+    service, _, namespace = (parts.hostname or "").partition(".")
+    raise CannotLook(
+        f"{parts.hostname} has no address here, so its keys were not tried",
+        f"kubectl -n {namespace.split('.')[0] or 'NAMESPACE'} port-forward service/{service} 9000:{parts.port or 80} & "
+        "HAECHI_S3_ENDPOINT=http://127.0.0.1:9000 haechi doctor",
+    )
+
+
+def _attached(namespace: str, name: str, attached: list[str]) -> list[Finding]:
+    if name in attached:
+        return []
+    return [
+        Finding(
+            f"ServiceAccount {namespace}/default does not list Secret {name}",
+            "KServe's storage initializer finds its keys through the service account, and asks the store without any",
+            f"""kubectl -n {namespace} patch serviceaccount default -p '{{"secrets": [{{"name": "{name}"}}]}}'""",
+        )
+    ]
+
+
+def _whole(namespace: str, name: str, data: dict[str, str]) -> list[Finding]:
+    where, fix = f"Secret {namespace}/{name}", "kubectl apply -k manifests/examples/secrets   # from s3.env"
+    missing = [key for key in _AWS if not data.get(key)]
+    if missing:
+        cause = f"it holds {', '.join(sorted(data)) or 'nothing'}; KServe reads {' and '.join(_AWS)}"
+        return [Finding(f"{where} has no {' and no '.join(missing)}", cause, fix)]
+    padded = [key for key in _AWS if data[key] != data[key].strip()]
+    if padded:
+        cause = "the value ends in a line break or a space, and no store accepts it"
+        return [Finding(f"{where}: {' and '.join(padded)} has blanks around it", cause, fix)]
+    return []
+
+
+def _annotations(namespace: str, name: str, annotations: dict[str, str]) -> list[Finding]:
+    endpoint = annotations.get(f"{_ANNOTATION}s3-endpoint", "")
+    if "://" not in endpoint:
+        return []
+    scheme, _, host = endpoint.partition("://")
+    return [
+        Finding(
+            f"Secret {namespace}/{name} names the store as {endpoint}",
+            "KServe puts the scheme before it by itself, from s3-usehttps",
+            f"kubectl -n {namespace} annotate secret {name} --overwrite {_ANNOTATION}s3-endpoint={host.rstrip('/')} "
+            f"{_ANNOTATION}s3-usehttps={int(scheme == 'https')}",
+        )
+    ]
+
+
+def _look(world: World, wanted: Settings, keys: _Keys) -> list[Finding]:
+    try:
+        answer = fetch(wanted.s3_endpoint + "/", verb="HEAD")
+    except Unreached as error:
+        return [error.finding("the object store", f"# the setting is {keys.endpoint}")]
+    skewed = _clock(world, wanted.s3_endpoint, answer.headers.get("date", ""))
+    if skewed:
+        return skewed  # every signature would be refused, whatever the keys
+    try:
+        bucket = Store(wanted)
+        next(bucket.list("models/"), None)  # a listing answers with a code; a HEAD would only say 403
+    except StorageError as error:
+        return [_refused(wanted, keys, error)]
+    return []
+
+
+def _clock(world: World, endpoint: str, date: str) -> list[Finding]:
+    try:
+        skew = world.now() - parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return []
+    if abs(skew) < _SKEW:
+        return []
+    how = "ahead of" if skew > 0 else "behind"
+    return [
+        Finding(
+            f"the clock here is {abs(skew):.0f} s {how} that of the object store at {endpoint}",
+            "requests are signed with the time, and stores refuse them from 15 minutes on (RequestTimeTooSkewed)",
+            "timedatectl set-ntp true   # on the machine whose clock is wrong; in a VM also after it slept",
+        )
+    ]
+
+
+def _refused(wanted: Settings, keys: _Keys, error: StorageError) -> Finding:
+    code = error.__cause__.code if isinstance(error.__cause__, S3Error) else ""
+    symptom = f"the object store at {wanted.s3_endpoint} refuses {keys.whose} keys ({code})"
+    if code == "InvalidAccessKeyId":
+        return Finding(symptom, "it knows no such access key", f"Correct {keys.access}.")
+    if code == "SignatureDoesNotMatch":
+        cause = "the access key is known, the secret key is another (or a proxy before the store changes the host)"
+        return Finding(symptom, cause, f"Correct {keys.secret}.")
+    if code == "RequestTimeTooSkewed":
+        return Finding(symptom, "the clocks differ by more than 15 minutes", "timedatectl set-ntp true")
+    if code in ("AccessDenied", "AllAccessDisabled"):
+        anonymous = not wanted.s3_access_key
+        cause = "no keys are set" if anonymous else f"the key may not list bucket {wanted.bucket!r}"
+        fix = (
+            f"export {keys.access}=… {keys.secret}=…"
+            if anonymous
+            else "mc admin policy attach STORE readwrite --user=KEY"
+        )
+        return Finding(symptom, cause, fix)
+    if code == "NoSuchBucket":
+        return Finding(
+            f"bucket {wanted.bucket!r} does not exist at {wanted.s3_endpoint}",
+            "nobody made it, or the setting names another",
+            f"mc mb STORE/{wanted.bucket}   # or correct {keys.bucket}",
+        )
+    return Finding(error.problem, "the store answers otherwise than S3 does", error.remedy)
