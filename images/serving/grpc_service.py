@@ -26,6 +26,7 @@ from .metadata import model_metadata, server_metadata
 from .service import REQUEST_ID, Call, Role, Service
 from .swap import Swapper
 from .v2_grpc import GrpcExchange
+from .wire import check_size
 
 __all__ = ["GrpcSide"]
 
@@ -166,6 +167,7 @@ class _Unary:
         except StopAsyncIteration:
             raise InputError("the RPC holds no message", f"Send one {self._kind.DESCRIPTOR.name}.") from None
         call.bytes_in = len(data)
+        check_size(data, self._kind.DESCRIPTOR)
         try:
             return self._kind.FromString(data)
         except DecodeError:
