@@ -206,6 +206,7 @@ class Service:
             call.seconds = time.monotonic() - call.begun
             for observer in self.observers:
                 observer.finished(call)
+            _forget_frames(call.error)
 
     async def infer(
         self,
@@ -247,3 +248,14 @@ class Service:
             return answer
 
         return await self.pool.run(work, self.timeout if seconds is None else min(seconds, self.timeout))
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of the frames that an error has passed, and with them of the body.
+
+    They also hold the call, which holds the error: a ring, which only the garbage collector would find, after a dozen
+    refused requests of 50 MB.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
