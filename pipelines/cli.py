@@ -15,6 +15,8 @@ from typing import Any
 from haechi.components.shared.errors import HaechiError, InputError
 from haechi.serving.command import add_arguments as add_serve_arguments
 
+from .doctor.command import add_arguments as add_doctor_arguments
+
 __all__ = ["VERBS", "Verb", "build_parser", "main"]
 
 Arguments = argparse.Namespace
@@ -181,35 +183,61 @@ def _compile(arguments: Arguments) -> int:
 
 def _submit_arguments(parser: argparse.ArgumentParser) -> None:
     _parameter_arguments(parser)
-    parser.add_argument("--host", required=True, help="URL of the Kubeflow Pipelines API")
-    parser.add_argument("--namespace", default="kubeflow", help="profile namespace (default %(default)s)")
-    parser.add_argument("--token-file", type=Path, help="file with a bearer token (never on the command line)")
+    where = parser.add_argument_group("where")
+    where.add_argument("--host", default="", help="URL of the Kubeflow Pipelines API (default: KF_PIPELINES_ENDPOINT)")
+    where.add_argument(
+        "--namespace", default="", help="profile namespace (default: KF_PIPELINES_NAMESPACE, or kubeflow)"
+    )
+    where.add_argument("--token-file", default="", help="file with a bearer token (never on the command line)")
+    where.add_argument("--ca-file", default="", help="certificates to check the server's against")
+    where.add_argument("--ui", default="", help="URL of the dashboard, where it is not --host")
     parser.add_argument("--experiment", default="", help="KFP experiment (default: the pipeline's name)")
-    parser.add_argument("--run-name", default="", help="name shown in the dashboard")
+    parser.add_argument("--run-name", default="", help="name shown in the dashboard; of a schedule, what makes it one")
+    parser.add_argument("--service-account", default="", help="service account of the pods (default: the server's)")
+    when = parser.add_argument_group("again and again, instead of once")
+    when.add_argument("--cron", default="", help="six fields, seconds first, such as '0 0 3 * * *'")
+    when.add_argument("--every", default="", help="an interval, such as 6h")
+    when.add_argument("--pin", action="store_true", help="stay with this version of the pipeline, not the newest")
+    wait = parser.add_argument_group("to the end")
+    wait.add_argument("--wait", action="store_true", help="follow the run; exit 0 promoted, 30 not promoted, 31 failed")
+    wait.add_argument("--timeout", type=float, default=0, help="seconds to wait at most (default: no limit)")
 
 
 def _submit(arguments: Arguments) -> int:
+    from .kubeflow import Kubeflow
+    from .kubeflow_settings import KubeflowSettings
     from .parameters import run_parameters
-    from .submitting import submit
+    from .scheduling import Schedule
+    from .submitting import Package, schedule_training, submit_training
+    from .watching import watch
 
-    token = ""
-    if arguments.token_file:
-        try:
-            token = arguments.token_file.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise InputError(
-                f"--token-file {arguments.token_file}: {error.strerror}", "Name a readable file."
-            ) from error
-    done = submit(
-        run_parameters(arguments.preset, arguments.set),
-        host=arguments.host,
-        namespace=arguments.namespace,
-        token=token,
-        experiment=arguments.experiment,
-        run_name=arguments.run_name,
-    )
-    _report(arguments, done, [f"run  {done['run_id']}", f"see  {done['url']}"])
-    return 0
+    recurring = bool(arguments.cron or arguments.every)
+    if recurring and arguments.wait:
+        raise InputError("--wait does not go with --cron or --every", "Leave it out: a schedule has no end.")
+    if arguments.pin and not recurring:
+        raise InputError("--pin is for --cron and --every", "Leave it out: a run keeps its version anyway.")
+    parameters = run_parameters(arguments.preset, arguments.set)
+    schedule = Schedule.parse(arguments.cron, arguments.every) if recurring else None
+    given = {name: getattr(arguments, name) for name in ("host", "namespace", "ui", "token_file", "ca_file")}
+    api, package = Kubeflow(KubeflowSettings.from_env(**given)), Package.read()
+    common = {"experiment": arguments.experiment, "service_account": arguments.service_account, "package": package}
+    if schedule:
+        done = schedule_training(api, parameters, schedule, name=arguments.run_name, pin=arguments.pin, **common)
+    else:
+        done = submit_training(api, parameters, run_name=arguments.run_name, **common)
+    value = asdict(done)
+    lines = [
+        f"version   {done.version}{' (new)' if done.uploaded else ''}",
+        f"{'schedule' if schedule else 'run':9} {done.name} {done.id} {done.change}",
+        f"see       {done.url}",
+    ]
+    if not arguments.wait:
+        _report(arguments, value, lines)
+        return 0
+    sys.stderr.write("\n".join(lines) + "\n")
+    ended = watch(api, done.id, package.steps, timeout=arguments.timeout)
+    _report(arguments, value | asdict(ended), [f"decision  {ended.decision}", lines[-1]])
+    return ended.exit_code
 
 
 # export, evaluate, serve, predict ---------------------------------------------------------------------------------
@@ -347,6 +375,12 @@ def _review(arguments: Arguments) -> int:
     return 0
 
 
+def _doctor(arguments: Arguments) -> int:
+    from .doctor.command import run
+
+    return run(arguments)
+
+
 VERBS: dict[str, Verb] = {
     "demo": Verb("show the whole journey on this machine", _demo_arguments, _demo),
     "up": Verb(
@@ -361,6 +395,7 @@ VERBS: dict[str, Verb] = {
     "serve": Verb("serve a model folder over HTTP", add_serve_arguments, _serve),
     "predict": Verb("detect in images, here or at an endpoint", _predict_arguments, _predict),
     "review": Verb("list and answer review tasks", _review_arguments, _review),
+    "doctor": Verb("find what is wrong here and on the cluster, and say how to mend it", add_doctor_arguments, _doctor),
 }
 
 

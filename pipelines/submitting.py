@@ -1,88 +1,211 @@
-"""Submit the compiled pipeline to a Kubeflow Pipelines API server."""
+"""`haechi submit`: the compiled pipeline to Kubeflow Pipelines, and a run or a recurring run of it."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import warnings
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from haechi.components.shared.errors import HaechiError, InputError
+import kfp_server_api
 
-from .compiling import COMPILED
+from haechi.components.shared.errors import InputError
 
-__all__ = ["SubmitError", "submit"]
+from .compiling import COMPILED, normalised
+from .kubeflow import Kubeflow, Version
+from .kubeflow_errors import SubmitError
+from .scheduling import Schedule, recur
+
+__all__ = ["Package", "Submitted", "schedule_training", "submit_training"]
+
+_DIGEST = 12  # hex digits in a version's name
 
 
-class SubmitError(HaechiError):
-    """The Kubeflow Pipelines API cannot be reached or refuses the run."""
+@dataclass(frozen=True)
+class Package:
+    """A compiled pipeline, ready to upload.
 
-    exit_code = 11
-    http_status = 502
+    Attributes:
+        path: its IR file.
+        name: the pipeline's.
+        description: the pipeline's.
+        version: the name that this content has on every server: the pipeline's name and the content's digest.
+        parameters: name → default of what a run may set.
+        steps: names of its steps.
+    """
+
+    path: Path
+    name: str
+    description: str
+    version: str
+    parameters: Mapping[str, Any]
+    steps: Collection[str]
+
+    @classmethod
+    def read(cls, path: Path = COMPILED / "training.yaml") -> Package:
+        """Read an IR file; what differs between patch releases of the SDK does not count for the digest."""
+        documents = normalised(path.read_text(encoding="utf-8"))
+        spec, info = documents[0], documents[0]["pipelineInfo"]
+        digest = hashlib.sha256(json.dumps(documents, sort_keys=True).encode()).hexdigest()[:_DIGEST]
+        executors = spec["deploymentSpec"]["executors"]
+        inputs = spec["root"]["inputDefinitions"]["parameters"]
+        return cls(
+            path=path,
+            name=info["name"],
+            description=info.get("description", ""),
+            version=f"{info['name']}-{digest}",
+            parameters={name: entry.get("defaultValue", "") for name, entry in inputs.items()},
+            steps=[name.removeprefix("exec-") for name in executors],
+        )
 
 
-def submit(
+@dataclass(frozen=True)
+class Submitted:
+    """What a submit came to.
+
+    Attributes:
+        id: of the run or the recurring run.
+        url: its page in the dashboard.
+        version: name of the pipeline's version; of a recurring run, the newest at this moment.
+        uploaded: whether that version was new to the server.
+        change: `started` for a run; `created`, `replaced`, `resumed` or `unchanged` for a recurring run.
+        name: as the dashboard shows it.
+    """
+
+    id: str
+    url: str
+    version: str
+    uploaded: bool
+    change: str
+    name: str
+
+
+def submit_training(
+    api: Kubeflow,
     parameters: Mapping[str, Any],
     *,
-    host: str,
-    namespace: str,
-    token: str = "",
     experiment: str = "",
     run_name: str = "",
-) -> dict[str, str]:
-    """Start a run of `compiled/training.yaml`.
+    service_account: str = "",
+    package: Package | None = None,
+) -> Submitted:
+    """Upload the pipeline where the server has not got it yet, and start a run of exactly that version.
 
     Args:
-        parameters: pipeline parameters, already checked.
-        host: URL of the KFP API, such as https://kubeflow.example/pipeline.
-        namespace: profile namespace that the run belongs to.
-        token: bearer token; empty for none. Never logged.
+        api: the server.
+        parameters: pipeline parameters; the others keep their defaults.
         experiment: KFP experiment; empty for the pipeline's name.
-        run_name: shown in the dashboard; empty lets KFP name it.
-
-    Returns:
-        {"run_id", "url"}.
+        run_name: shown in the dashboard; empty for the pipeline's name and the time.
+        service_account: that the pods run as; empty for the server's choice.
+        package: the compiled pipeline; None for the one that ships.
 
     Raises:
-        InputError: host is no URL.
+        InputError: a parameter that the pipeline has not got.
         SubmitError: unreachable, refused or not found, with the remedy.
     """
-    if not host.startswith(("http://", "https://")):
-        raise InputError(
-            f"--host is {host!r}, not a URL", "Write it as https://<kubeflow>/pipeline or http://localhost:8080."
-        )
-    import kfp
-
-    package = COMPILED / "training.yaml"
-    try:
-        # The client prints links to standard output, which belongs to our report, and warns at every start that
-        # servers before 2.0 are not for it.
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="This client only works with Kubeflow Pipeline")
-            client = kfp.Client(host=host, namespace=namespace, existing_token=token or None)
-            run = client.create_run_from_pipeline_package(
-                str(package),
-                arguments=dict(parameters),
-                run_name=run_name or None,
-                experiment_name=experiment or "training",
-                namespace=namespace,
-            )
-    # kfp raises its own API errors, urllib3's, and plain RuntimeErrors for one and the same cause.
-    except Exception as error:
-        raise SubmitError(
-            f"the pipelines API at {host} did not take the run ({_first_line(error)})",
-            "Check --host, --namespace and the token (its audience is pipelines.kubeflow.org).",
-        ) from error
-    return {"run_id": run.run_id, "url": f"{host.rstrip('/')}/#/runs/details/{run.run_id}"}
-
-
-def _first_line(error: Exception) -> str:
-    status, reason = getattr(error, "status", ""), getattr(error, "reason", "")
-    return (
-        f"{status} {reason}".strip()
-        if status
-        else str(error).strip().splitlines()[0][:300]
-        if str(error)
-        else type(error).__name__
+    package = package or Package.read()
+    _check(parameters, package)
+    version, uploaded = _version(api, package)
+    name = run_name or f"{package.name} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
+    run = kfp_server_api.V2beta1Run(
+        display_name=name,
+        experiment_id=api.experiment(experiment or package.name),
+        pipeline_version_reference=_reference(version.pipeline_id, version.version_id),
+        runtime_config=kfp_server_api.V2beta1RuntimeConfig(parameters=dict(parameters)),
+        service_account=service_account or None,
     )
+    run_id = api.start(run)
+    return Submitted(run_id, api.link(f"runs/details/{run_id}"), version.name, uploaded, "started", name)
+
+
+def schedule_training(
+    api: Kubeflow,
+    parameters: Mapping[str, Any],
+    schedule: Schedule,
+    *,
+    experiment: str = "",
+    name: str = "",
+    service_account: str = "",
+    pin: bool = False,
+    package: Package | None = None,
+) -> Submitted:
+    """Upload the pipeline, and see to it that one recurring run of that name starts runs of it by `schedule`.
+
+    It takes the newest version at each start, never more than one run at a time, and makes up for no missed start.
+
+    Args:
+        api: the server.
+        parameters: pipeline parameters of every run.
+        schedule: when it starts.
+        experiment: KFP experiment; empty for the pipeline's name.
+        name: the recurring run's; empty for the pipeline's name and the model's.
+        service_account: that the pods run as; empty for the server's choice.
+        pin: stay with this version instead of the newest.
+        package: the compiled pipeline; None for the one that ships.
+
+    Raises:
+        InputError: a parameter that the pipeline has not got.
+        SubmitError: as of `submit_training`; or the server has a newer version than this, which it would run instead.
+    """
+    package = package or Package.read()
+    _check(parameters, package)
+    version, uploaded = _version(api, package)
+    newest = version if uploaded else api.versions(version.pipeline_id)[0]
+    if not pin and newest.name != version.name:
+        raise SubmitError(
+            f"the newest version of {package.name} on the server is {newest.name}, and a recurring run would take it instead "
+            f"of {version.name}",
+            "Give --pin to stay with this one, delete the newer one in the dashboard, or submit from the newer release.",
+        )
+    name = name or f"{package.name}-{parameters.get('name') or package.parameters['name']}"
+    wanted = kfp_server_api.V2beta1RecurringRun(
+        display_name=name,
+        description=f"{schedule}, by haechi submit",
+        experiment_id=api.experiment(experiment or package.name),
+        # An empty version means the newest at each start.
+        pipeline_version_reference=_reference(version.pipeline_id, version.version_id if pin else ""),
+        runtime_config=kfp_server_api.V2beta1RuntimeConfig(parameters=dict(parameters)),
+        trigger=schedule.trigger(),
+        mode=kfp_server_api.RecurringRunMode.ENABLE,
+        max_concurrency="1",
+        no_catchup=True,
+        service_account=service_account or None,
+    )
+    recurring_id, change = recur(api, wanted)
+    url = api.link(f"recurringrun/details/{recurring_id}")
+    return Submitted(recurring_id, url, version.name, uploaded, change, name)
+
+
+def _version(api: Kubeflow, package: Package) -> tuple[Version, bool]:
+    """The server's version with this content, uploaded where it is missing; and whether it was."""
+    pipeline_id = api.pipeline(package.name, package.description)
+
+    def known() -> Version | None:
+        return next((version for version in api.versions(pipeline_id) if version.name == package.version), None)
+
+    version = known()
+    if version:
+        return version, False
+    try:
+        return api.upload(package.path, pipeline_id, package.version, package.description), True
+    except SubmitError as error:
+        version = known() if error.status == 409 else None  # somebody submits the same at this moment
+        if version is None:
+            raise
+        return version, False
+
+
+def _check(parameters: Mapping[str, Any], package: Package) -> None:
+    for name in parameters:
+        if name not in package.parameters:
+            raise InputError(
+                f"{name!r} is no parameter of the pipeline {package.name}",
+                f"Known: {', '.join(sorted(package.parameters))}.",
+            )
+
+
+def _reference(pipeline_id: str, version_id: str) -> kfp_server_api.V2beta1PipelineVersionReference:
+    return kfp_server_api.V2beta1PipelineVersionReference(pipeline_id=pipeline_id, pipeline_version_id=version_id)
