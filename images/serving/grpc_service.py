@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterable, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from operator import methodcaller
 from typing import Any
 
@@ -138,7 +139,7 @@ class _Unary:
         """As grpc registers it; messages come as bytes, so that a malformed one is answered as all else that is."""
         return grpc.stream_unary_rpc_method_handler(self._handle, None, methodcaller("SerializeToString"))
 
-    async def _handle(self, messages: AsyncIterable[bytes], context: _Context) -> _Message:
+    async def _handle(self, messages: AsyncGenerator[bytes], context: _Context) -> _Message:
         call = Call("grpc", self._path)
         call.identify({key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)})
         with self._service.observed(call):
@@ -156,10 +157,11 @@ class _Unary:
             context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
             return answer
 
-    async def _read(self, call: Call, messages: AsyncIterable[bytes]) -> _Message:
+    async def _read(self, call: Call, messages: AsyncGenerator[bytes]) -> _Message:
         try:
-            async with asyncio.timeout(_MESSAGE_SECONDS):
-                data = await anext(aiter(messages))
+            # Closed, or the library's own record of a refusal would hold the message until the next garbage collection.
+            async with asyncio.timeout(_MESSAGE_SECONDS), aclosing(aiter(messages)) as stream:
+                data = await anext(stream)
         except TimeoutError:
             raise DeadlineError(
                 f"the message did not arrive within {_MESSAGE_SECONDS:.0f} s", "Send it faster."
