@@ -17,8 +17,13 @@ __all__ = ["RIGHTS", "cluster_answers", "namespaces", "pod_settings", "rights", 
 
 # What deploy does in the namespace that serves; manifests/base/serving/role.yaml grants it (a test compares).
 RIGHTS: tuple[tuple[str, str, str], ...] = (
-    *(("serving.kserve.io", "inferenceservices", verb) for verb in ("get", "list", "watch", "create", "patch")),
+    *(
+        ("serving.kserve.io", "inferenceservices", verb)
+        for verb in ("get", "list", "watch", "create", "patch", "delete")
+    ),
+    *(("coordination.k8s.io", "leases", verb) for verb in ("get", "create", "update")),
     ("apps", "deployments", "get"),
+    *(("", "pods", verb) for verb in ("get", "list")),
 )
 _KFP = "ml-pipeline"
 
@@ -83,7 +88,10 @@ def rights(world: World) -> list[Finding]:
     denied = [right for right in RIGHTS if not _allowed(world, account, right)]
     if not denied:
         return []
-    what = ", ".join(f"{verb} {resource}.{group}" for group, resource, verb in denied)
+    verbs: dict[str, list[str]] = {}
+    for group, resource, verb in denied:
+        verbs.setdefault(f"{resource}.{group}".rstrip("."), []).append(verb)
+    what = " and ".join(f"{', '.join(some)} {resource}" for resource, some in verbs.items())
     return [
         Finding(
             f"{account} may not {what} in namespace {aim.serving}: deploy will fail with 403",

@@ -187,7 +187,8 @@ def _run_of_tasks(name: str, tasks: list[dict[str, Any]]) -> _Run:
         for task in tasks
         for child in task.get("child_tasks") or []
     }
-    cached, ran = [], []
+    cached: list[str] = []
+    ran: list[str] = []
     for task in tasks:
         if task.get("display_name") != "executor":
             continue
@@ -205,7 +206,8 @@ def _runs_of_workflows(world: World) -> Iterator[_Run]:
         status = item.get("status") or {}
         if status.get("phase") != "Succeeded":
             continue
-        cached, ran = [], []
+        cached: list[str] = []
+        ran: list[str] = []
         for node in (status.get("nodes") or {}).values():
             decision = _decision(node)
             if decision:

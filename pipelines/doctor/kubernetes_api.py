@@ -37,9 +37,10 @@ class Cluster:
             CannotLook: refused, or the API server is away.
         """
         self._alive()
-        return self._once(path, lambda: self._ask("GET", path))
+        found: dict[str, Any] | None = self._once(path, lambda: self._ask("GET", path))
+        return found
 
-    def list(self, path: str, query: str = "") -> list[dict[str, Any]] | None:
+    def collection(self, path: str, query: str = "") -> list[dict[str, Any]] | None:
         """All objects of a collection, or None where the cluster does not know the kind.
 
         Args:
@@ -65,6 +66,7 @@ class Cluster:
 
     def user(self) -> str:
         """Who we are to the API server, or empty where it does not tell (before Kubernetes 1.28)."""
+        self._alive()
         kind = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
         found = self._once(
             "(self)", lambda: self._ask("POST", "/apis/authentication.k8s.io/v1/selfsubjectreviews", kind)
@@ -162,6 +164,7 @@ def connect(kubeconfig: str = "", context: str = "") -> Cluster | None:
 
     configuration = client.Configuration()
     configuration.retries = 0
+    configuration.connection_pool_maxsize = 32  # as many as there are checks
     if not kubeconfig and not context:
         try:
             config.load_incluster_config(client_configuration=configuration)
@@ -184,7 +187,8 @@ def connect(kubeconfig: str = "", context: str = "") -> Cluster | None:
 
 
 def _short(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    cause = getattr(error, "reason", None) or error  # urllib3 wraps what happened
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0].split(" object at ")[-1][:300]
 
 
 def _message(error: Any) -> str:

@@ -194,7 +194,9 @@ def _small_shm(pod: dict[str, Any], container: dict[str, Any]) -> str:
     mount = next((item for item in container.get("volumeMounts") or [] if item["mountPath"] == "/dev/shm"), None)  # noqa: S108
     if mount is None:
         return "64 MiB"
-    volume = next((item for item in pod["spec"].get("volumes") or [] if item["name"] == mount["name"]), {})
+    volume: dict[str, Any] = next(
+        (item for item in pod["spec"].get("volumes") or [] if item["name"] == mount["name"]), {}
+    )
     limit = str((volume.get("emptyDir") or {}).get("sizeLimit") or "")
     number = re.fullmatch(r"(\d+)(Ki|Mi|Gi|k|M|G|)", limit)
     return limit if number and int(number[1]) * _UNITS[number[2]] <= _SMALL else ""
@@ -225,7 +227,7 @@ def _condition(item: dict[str, Any], kind: str) -> dict[str, Any]:
 def _nodes(world: World) -> list[dict[str, Any]] | None:
     """The nodes, or None where we may not see them: then the scheduler's words must do."""
     try:
-        return world.cluster.list("/api/v1/nodes")
+        return world.cluster.collection("/api/v1/nodes")
     except CannotLook:
         return None
 

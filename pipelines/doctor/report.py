@@ -32,7 +32,7 @@ def as_json(diagnosis: Diagnosis, redact: Callable[[str], str]) -> dict[str, Any
 
 def as_lines(diagnosis: Diagnosis, redact: Callable[[str], str]) -> list[str]:
     """A table: a row a finding (symptom, cause, fix), then what could not be seen, then the rest in short."""
-    width = max(len(result.check) for result in diagnosis.results) + 2
+    width = max(len(name) for name in ["not asked", *(result.check for result in diagnosis.results)]) + 2
     lines: list[str] = []
     for result in diagnosis.results:
         for finding in result.findings:
@@ -53,9 +53,11 @@ def as_lines(diagnosis: Diagnosis, redact: Callable[[str], str]) -> list[str]:
 
 def _row(check: str, width: int, parts: Iterable[tuple[str, str]]) -> list[str]:
     """One row: the check's name at the left, then symptom, cause and fix; commands stay whole, to be copied."""
-    lines = []
+    lines: list[str] = []
     for label, text in parts:
-        for number, line in enumerate(text.splitlines() or [""]):
+        if not text:
+            continue
+        for number, line in enumerate(text.splitlines()):
             head = check if not lines else ""
             lines.append(
                 f"{head:{width}}{(label if number == 0 else ''):7}{line}" if label else f"{head:{width}}{line}"

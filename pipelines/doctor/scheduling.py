@@ -211,9 +211,10 @@ def _unmet(pod: dict[str, Any], node: Node) -> dict[str, str]:
     affinity = ((pod["spec"].get("affinity") or {}).get("nodeAffinity") or {}).get(
         "requiredDuringSchedulingIgnoredDuringExecution"
     ) or {}
-    terms = [list(_unmet_term(term, labels)) for term in affinity.get("nodeSelectorTerms") or []]
+    terms = [dict(_unmet_term(term, labels)) for term in affinity.get("nodeSelectorTerms") or []]
     if terms and all(terms):  # terms are alternatives: the nearest one tells most
-        wanted |= dict(min(terms, key=len))
+        nearest: dict[str, str] = min(terms, key=len)
+        wanted |= nearest
     return wanted
 
 

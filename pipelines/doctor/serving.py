@@ -43,7 +43,7 @@ def runtime(world: World) -> list[Finding]:
     known = world.objects(world.aim.serving, "servingruntimes", f"{_GROUP}/v1alpha1")
     unseen: CannotLook | None = None
     try:
-        known = known + (world.cluster.list(f"/apis/{_GROUP}/v1alpha1/clusterservingruntimes") or [])
+        known = known + (world.cluster.collection(f"/apis/{_GROUP}/v1alpha1/clusterservingruntimes") or [])
     except CannotLook as error:
         unseen = error
     known = [item for item in known if not item["spec"].get("disabled")]

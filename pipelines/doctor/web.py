@@ -112,10 +112,10 @@ def _why(url: str, error: Exception) -> Unreached:
             f"the name {parts.hostname} has no address here",
             "Correct the host; names such as minio.minio exist inside the cluster only.",
         )
-    if isinstance(error, urllib3.exceptions.ConnectTimeoutError):
-        return Unreached(url, f"{host} drops our packets", "Look at firewalls and NetworkPolicies on the way.")
     if isinstance(error, urllib3.exceptions.NewConnectionError):
         return Unreached(url, f"nothing listens at {host}", "Start the service, or correct host and port.")
+    if isinstance(error, urllib3.exceptions.ConnectTimeoutError):
+        return Unreached(url, f"{host} drops our packets", "Look at firewalls and NetworkPolicies on the way.")
     if "CERTIFICATE_VERIFY_FAILED" in text:
         reason = text.split("CERTIFICATE_VERIFY_FAILED]")[-1].split("(_ssl")[0].strip(" :")
         return Unreached(

@@ -172,10 +172,10 @@ class World:
             namespace: of the objects.
             kind: in the plural, such as `pods`.
             group: and version, such as `apps/v1`; empty for the core.
-            query: as for `Cluster.list`.
+            query: as for `Cluster.collection`.
         """
         root = f"/apis/{group}" if group else "/api/v1"
-        return self.cluster.list(f"{root}/namespaces/{namespace}/{kind}", query) or []
+        return self.cluster.collection(f"{root}/namespaces/{namespace}/{kind}", query) or []
 
     def redact(self, text: str) -> str:
         """The text without any secret that was seen."""

@@ -1,0 +1,748 @@
+"""`haechi doctor` on a real API server: every fault that a cluster can show is planted there, and found with its cause.
+
+No kubelet, scheduler or controller runs, so what they would write (a pod's status, a ReplicaSet's condition, a Workflow's
+nodes) is written here in their words; what the API server itself says (rights, quotas, Pod Security) is its own. The
+store is a real SeaweedFS, MLflow a real server.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import dataclasses
+import json
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import crds
+import pytest
+import yaml
+from api_server import ApiServer
+from conftest import CRDS, ROOT
+
+from haechi.components.shared.settings import Settings
+from haechi.components.shared.storage import Store
+from haechi.pipelines.cli import main
+from haechi.pipelines.doctor.checks import CHECKS
+from haechi.pipelines.doctor.examine import Diagnosis, examine
+from haechi.pipelines.doctor.world import Aim, World
+
+pytestmark = pytest.mark.e2e
+
+MERGE = "application/merge-patch+json"
+GPU = "nvidia.com/gpu"
+ISVC = "/apis/serving.kserve.io/v1beta1/namespaces/{}/inferenceservices"
+CLUSTER_CHECKS = {name: check for name, check in CHECKS.items() if check.area != "machine"}
+
+
+class Place:
+    """One healthy pair of namespaces, in which a test plants its fault."""
+
+    def __init__(self, server: ApiServer, settings: Settings, mlflow: str) -> None:
+        self.server, self.settings = server, settings
+        tail = uuid.uuid4().hex[:8]
+        self.runs, self.serving = server.make_namespace(f"runs-{tail}"), server.make_namespace(f"serving-{tail}")
+        server.make_service_account(self.runs, "pipeline-runner")
+        where = {"HAECHI_S3_ENDPOINT": settings.s3_endpoint, "HAECHI_BUCKET": settings.bucket}
+        self.config(self.runs, "haechi-settings", HAECHI_S3_REGION="us-east-1", MLFLOW_TRACKING_URI=mlflow, **where)
+        self.config(self.serving, "haechi-serving-settings", **where)
+        self.secret(self.runs, "haechi-s3", access_key=settings.s3_access_key, secret_key=settings.s3_secret_key)
+        self.kserve_secret(settings.s3_endpoint.removeprefix("http://"))
+        self.patch(f"/api/v1/namespaces/{self.serving}/serviceaccounts/default", {"secrets": [{"name": "haechi-s3"}]})
+        for name in ("role", "rolebinding", "servingruntime"):
+            entry = yaml.safe_load((ROOT / "manifests" / "base" / "serving" / f"{name}.yaml").read_text())
+            entry["metadata"]["namespace"] = self.serving
+            if name == "rolebinding":
+                entry["subjects"][0]["namespace"] = self.runs
+            server.apply(entry)
+
+    def aim(self, user: str = "admin") -> Aim:
+        return Aim(
+            namespace=self.runs,
+            serving=self.serving,
+            kubeconfig=str(self.server.kubeconfig(user)),
+            workdir=Path("/nonexistent"),
+        )
+
+    def examine(self, user: str = "admin", **change: Any) -> Diagnosis:
+        return examine(World(dataclasses.replace(self.aim(user), **change), env={}), checks=CLUSTER_CHECKS)
+
+    def config(self, namespace: str, name: str, **data: str) -> None:
+        meta = {"name": name, "namespace": namespace}
+        self.server.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data})
+
+    def secret(self, namespace: str, name: str, notes: dict[str, str] | None = None, **data: str) -> None:
+        meta = {"name": name, "namespace": namespace, "annotations": notes or {}}
+        coded = {key: base64.b64encode(value.encode()).decode() for key, value in data.items()}
+        self.server.apply({"apiVersion": "v1", "kind": "Secret", "metadata": meta, "data": coded})
+
+    def kserve_secret(self, endpoint: str, secret_key: str = "") -> None:
+        notes = {"serving.kserve.io/s3-endpoint": endpoint, "serving.kserve.io/s3-usehttps": "0"}
+        keys = {
+            "AWS_ACCESS_KEY_ID": self.settings.s3_access_key,
+            "AWS_SECRET_ACCESS_KEY": secret_key or self.settings.s3_secret_key,
+        }
+        self.secret(self.serving, "haechi-s3", notes, **keys)
+
+    def patch(self, path: str, body: dict[str, Any]) -> None:
+        found = self.server.request("PATCH", path, body, kind=MERGE)
+        assert found.status == 200, found.message
+
+    def create(self, path: str, body: dict[str, Any], status: dict[str, Any] | None = None) -> None:
+        found = self.server.request("POST", path, body)
+        assert found.status == 201, found.message
+        if status is not None:
+            self.patch(f"{path}/{body['metadata']['name']}/status", {"status": status})
+
+    def pod(self, name: str, spec: dict[str, Any], status: dict[str, Any], serves: str = "") -> None:
+        labels = (
+            {"serving.kserve.io/inferenceservice": serves}
+            if serves
+            else {"pipelines.kubeflow.org/v2_component": "true"}
+        )
+        body = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels}, "spec": spec}
+        self.create(f"/api/v1/namespaces/{self.serving if serves else self.runs}/pods", body, status)
+
+    def isvc(
+        self, name: str, spec: dict[str, Any], status: dict[str, Any], notes: dict[str, str] | None = None
+    ) -> None:
+        model = {"modelFormat": {"name": "yolo-onnx"}, "storageUri": "s3://haechi/models/a/1"}
+        whole = copy.deepcopy(spec)
+        whole.setdefault("predictor", {}).setdefault("model", model)
+        meta = {"name": name, "annotations": notes or {}}
+        body = {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService", "metadata": meta, "spec": whole}
+        self.create(ISVC.format(self.serving), body, status)
+
+    def refused(self, namespace: str, spec: dict[str, Any]) -> str:
+        """The API server's words when it refuses a pod."""
+        body = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "refused"}, "spec": spec}
+        found = self.server.request("POST", f"/api/v1/namespaces/{namespace}/pods", body)
+        assert found.status == 403, found.message
+        return found.message
+
+    def replica_set(self, namespace: str, name: str, message: str) -> None:
+        template = {"metadata": {"labels": {"app": name}}, "spec": {"containers": [{"name": "main", "image": "a:1"}]}}
+        spec = {"replicas": 1, "selector": {"matchLabels": {"app": name}}, "template": template}
+        body = {"apiVersion": "apps/v1", "kind": "ReplicaSet", "metadata": {"name": name}, "spec": spec}
+        failure = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": message}
+        path = f"/apis/apps/v1/namespaces/{namespace}/replicasets"
+        self.create(path, body, {"replicas": 0, "conditions": [failure]})
+
+
+@pytest.fixture(scope="module")
+def kubeflow(cluster: ApiServer) -> ApiServer:
+    """The cluster with what Kubeflow Pipelines brings: its Service with a ready pod, and Argo's kind Workflow."""
+    anything = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    crds.load(cluster, [crds._definition("argoproj.io", "Workflow", {"v1alpha1": anything})])
+    service(cluster, "kubeflow", "ml-pipeline", 8888)
+    cluster.make_namespace("kserve")
+    return cluster
+
+
+@pytest.fixture
+def place(kubeflow: ApiServer, store: Store, mlflow_uri: str) -> Iterator[Place]:
+    yield Place(kubeflow, store.settings, mlflow_uri)
+    kubeflow.request("DELETE", "/api/v1/namespaces/kserve/configmaps/inferenceservice-config")
+
+
+@pytest.fixture
+def nodes(kubeflow: ApiServer) -> Iterator[Callable[..., None]]:
+    """nodes("gpu-1", gpus=1, labels={…}, taints=[…]) makes a node; all are deleted when the test ends."""
+    made = []
+
+    def make(
+        name: str, gpus: int = 0, labels: dict[str, str] | None = None, taints: Any = (), resource: str = GPU
+    ) -> None:
+        body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels or {}}}
+        found = kubeflow.request("POST", "/api/v1/nodes", {**body, "spec": {}})
+        assert found.status == 201, found.message
+        made.append(name)
+        # The API server taints a new node as not ready; the node controller would take that away.
+        kubeflow.request("PATCH", f"/api/v1/nodes/{name}", {"spec": {"taints": list(taints) or None}}, kind=MERGE)
+        offered = {"cpu": "8", "memory": "32Gi", **({resource: str(gpus)} if gpus else {})}
+        status = {"status": {"allocatable": offered, "capacity": offered}}
+        assert kubeflow.request("PATCH", f"/api/v1/nodes/{name}/status", status, kind=MERGE).status == 200
+
+    yield make
+    for name in made:
+        kubeflow.request("DELETE", f"/api/v1/nodes/{name}")
+
+
+def service(server: ApiServer, namespace: str, name: str, port: int, ready: bool = True) -> None:
+    """A Service, and the EndpointSlice that a controller would make."""
+    meta = {"name": name, "namespace": namespace}
+    spec = {"ports": [{"port": port}], "selector": {"app": name}}
+    server.apply({"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": spec})
+    endpoints = [{"addresses": ["10.1.0.1"], "conditions": {"ready": ready}}]
+    labels = {"kubernetes.io/service-name": name}
+    entry = {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "metadata": {**meta, "labels": labels}}
+    server.apply({**entry, "addressType": "IPv4", "endpoints": endpoints, "ports": [{"port": port}]})
+
+
+def trainer(**spec: Any) -> dict[str, Any]:
+    """The pod of a training step, as Kubeflow Pipelines starts it, in short."""
+    main = {
+        "name": "main",
+        "image": "haechi/train:0.1.0",
+        "command": ["/kfp-launcher/launch", "--component_spec", "{…}", "--", "sh", "-c"],
+        "args": ["from haechi.components.train.step import train"],
+        "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
+    }
+    main |= spec.pop("container", {})
+    volumes = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
+    return {"restartPolicy": "Never", "containers": [main], "volumes": volumes, **spec}
+
+
+def gpus(count: int, resource: str = GPU) -> dict[str, Any]:
+    return {"resources": {"limits": {resource: str(count)}}}
+
+
+def unschedulable(message: str) -> dict[str, Any]:
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+    return {"phase": "Pending", "conditions": [condition]}
+
+
+def only(diagnosis: Diagnosis, check: str) -> Any:
+    """The one finding of the whole diagnosis, which must be the named check's."""
+    found = [(result.check, finding) for result in diagnosis.results for finding in result.findings]
+    assert [name for name, _ in found] == [check], [(name, finding.symptom) for name, finding in found]
+    assert diagnosis.exit_code == 1
+    return found[0][1]
+
+
+def test_a_healthy_cluster_gives_no_finding_and_everything_is_looked_at(place: Place) -> None:
+    place.isvc("entrance", {}, {"deploymentMode": "Standard", "modelStatus": {"transitionStatus": "UpToDate"}})
+    place.pod("train", trainer(), {"phase": "Running"})
+    diagnosis = place.examine()
+    assert [(result.check, result.findings, result.unseen) for result in diagnosis.results] == [
+        (name, (), "") for name in CLUSTER_CHECKS
+    ]
+    skipped = {result.check for result in diagnosis.results if result.skipped}
+    assert skipped == {"store", "mlflow", "label-studio", "pipelines-api"}
+    assert diagnosis.exit_code == 0
+
+
+# pods -------------------------------------------------------------------------------------------------------------
+
+TAINT = {"key": GPU, "value": "present", "effect": "NoSchedule"}
+WAITING = [
+    ({"container": gpus(1)}, {}, "no node offers nvidia.com/gpu", "device plugin|install the plugin"),
+    ({"container": gpus(1)}, {"gpus": 2, "resource": "amd.com/gpu"}, "there is amd.com/gpu", "gpu_type=amd.com/gpu"),
+    ({"container": gpus(4)}, {"gpus": 2}, "no node has more than 2", "gpu_count=2"),
+    (
+        {"container": gpus(1), "nodeSelector": {"pool": "a100"}},
+        {"gpus": 1, "labels": {"pool": "h100"}},
+        "pool=a100 (nodes have h100)",
+        "node_selector={pool: 'h100'}",
+    ),
+    (
+        {"container": gpus(1), "nodeSelector": {"pool": "a100"}},
+        {"gpus": 1},
+        "no such label",
+        "kubectl label node gpu-1 pool=a100",
+    ),
+    (
+        {"container": gpus(1)},
+        {"gpus": 1, "taints": [TAINT]},
+        "nvidia.com/gpu=present:NoSchedule",
+        "tolerations=[{key: nvidia.com/gpu, operator: Equal, value: 'present', effect: NoSchedule}]",
+    ),
+    (
+        {"container": gpus(1)},
+        {"gpus": 1, "taints": [{"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"}]},
+        "cordoned or not ready: gpu-1",
+        "kubectl describe node gpu-1",
+    ),
+    ({"container": gpus(1)}, {"gpus": 1}, "other pods hold what it asks for (1 nvidia.com/gpu)", "gpu-1"),
+]
+
+
+@pytest.mark.parametrize(("pod", "node", "cause", "fix"), WAITING)
+def test_a_pod_that_waits_for_a_gpu_is_told_why(
+    place: Place, nodes: Callable[..., None], pod: dict[str, Any], node: dict[str, Any], cause: str, fix: str
+) -> None:
+    nodes("gpu-1", **node)
+    nodes("cpu-1")
+    place.pod("train", trainer(**pod), unschedulable("0/2 nodes are available: …"))
+    finding = only(place.examine(), "pending")
+    assert cause in finding.cause
+    assert any(word in finding.fix for word in fix.split("|"))
+
+
+def test_tolerations_that_are_there_already_are_not_asked_for_again(place: Place, nodes: Callable[..., None]) -> None:
+    nodes("gpu-1", gpus=1, taints=[TAINT, {"key": "spot", "effect": "NoExecute"}])
+    tolerations = [{"key": GPU, "operator": "Exists"}]
+    place.pod("train", trainer(container=gpus(1), tolerations=tolerations), unschedulable("0/1 nodes are available"))
+    finding = only(place.examine(), "pending")
+    assert "tolerations=[{key: spot, operator: Exists, effect: NoExecute}]" in finding.fix
+    assert GPU not in finding.cause
+
+
+@pytest.mark.parametrize(
+    ("message", "cause"),
+    [
+        ("0/3 nodes are available: 3 node(s) had untolerated taint {nvidia.com/gpu: present}.", "taint nvidia.com/gpu"),
+        ("0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector.", "node selector"),
+        ("0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", "enough nvidia.com/gpu"),
+        ('0/3 nodes are available: persistentvolumeclaim "haechi-cache" not found.', "volume"),
+    ],
+)
+def test_without_the_right_to_see_nodes_the_schedulers_words_tell(place: Place, message: str, cause: str) -> None:
+    viewer = _viewer(place)
+    place.pod("train", trainer(container=gpus(1)), unschedulable(message))
+    diagnosis = place.examine(viewer)
+    [finding] = _findings(diagnosis, "pending")
+    assert cause in finding.cause
+
+
+def test_a_detector_that_waits_is_mended_in_its_runtime(place: Place, nodes: Callable[..., None]) -> None:
+    nodes("gpu-1", gpus=1, taints=[TAINT])
+    spec = {"containers": [{"name": "kserve-container", "image": "haechi/serving:0.1.0", **gpus(1)}]}
+    place.pod("entrance-predictor-1", spec, unschedulable("0/1 nodes are available"), serves="entrance")
+    assert "ServingRuntime haechi-yolo" in only(place.examine(), "pending").fix
+
+
+@pytest.mark.parametrize(
+    ("change", "symptom"),
+    [
+        ({"container": {"volumeMounts": []}, "volumes": []}, "64 MiB"),
+        ({"volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Mi"}}]}, "64Mi"),
+    ],
+)
+def test_training_with_little_shared_memory_is_found(place: Place, change: dict[str, Any], symptom: str) -> None:
+    ended = {"exitCode": 135, "reason": "Error"}
+    container = {"name": "main", "image": "a", "imageID": "", "ready": False, "restartCount": 0}
+    status = {"phase": "Failed", "containerStatuses": [{**container, "state": {"terminated": ended}}]}
+    place.pod("train", trainer(**change), status)
+    finding = only(place.examine(), "train-shm")
+    assert symptom in finding.symptom
+    assert "bus error" in finding.symptom
+    assert "medium: Memory" in finding.fix
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "cause", "fix"),
+    [
+        (
+            "ImagePullBackOff",
+            "failed to resolve reference: haechi/train:0.1.0: not found",
+            "no such repository",
+            "push",
+        ),
+        ("ErrImagePull", "pull access denied, unauthorized: authentication required", "credentials", "docker-registry"),
+        ("ErrImagePull", "tls: failed to verify certificate: x509: unknown authority", "certificate", "CA"),
+        ("ErrImagePull", "dial tcp: lookup registry.example.com: no such host", "does not reach", "train_image="),
+        ("ErrImageNeverPull", "Container image is not present with pull policy of Never", "no such image", "kind load"),
+        ("InvalidImageName", "couldn't parse image reference", "no image name", "train_image="),
+    ],
+)
+def test_an_image_that_cannot_be_pulled_is_told_with_the_reason(
+    place: Place, reason: str, message: str, cause: str, fix: str
+) -> None:
+    waiting = {"waiting": {"reason": reason, "message": message}}
+    container = {"name": "main", "image": "haechi/train:0.1.0", "imageID": "", "ready": False, "restartCount": 0}
+    place.pod("train", trainer(), {"phase": "Pending", "containerStatuses": [{**container, "state": waiting}]})
+    finding = only(place.examine(), "image-pull")
+    assert cause in finding.cause
+    assert fix in finding.fix
+
+
+def test_pods_that_pod_security_refuses_are_found_where_no_pod_is(place: Place) -> None:
+    label = {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "restricted"}}}
+    place.patch(f"/api/v1/namespaces/{place.serving}", label)
+    said = place.refused(place.serving, {"containers": [{"name": "storage-initializer", "image": "a:1"}]})
+    place.replica_set(place.serving, "entrance-predictor", said)
+    finding = only(place.examine(), "pod-security")
+    assert "restricted" in finding.cause
+    assert "allowPrivilegeEscalation" in finding.cause
+    assert "clusterstoragecontainer-patch.yaml" in finding.fix
+
+
+def test_a_job_that_pod_security_refuses_is_found_by_its_event(place: Place) -> None:
+    place.patch(
+        f"/api/v1/namespaces/{place.runs}", {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "baseline"}}}
+    )
+    said = place.refused(place.runs, {"hostNetwork": True, "containers": [{"name": "main", "image": "a:1"}]})
+    owner = {"kind": "Job", "name": "warm-up", "namespace": place.runs}
+    event = {"metadata": {"name": "warm-up.1"}, "type": "Warning", "reason": "FailedCreate"}
+    event |= {"message": f"Error creating: {said}", "involvedObject": owner}
+    place.create(f"/api/v1/namespaces/{place.runs}/events", {"apiVersion": "v1", "kind": "Event", **event})
+    finding = only(place.examine(), "pod-security")
+    assert f"Job {place.runs}/warm-up" in finding.symptom
+    assert "'baseline'" in finding.cause
+
+
+def test_a_quota_that_is_used_up_is_found_in_the_workflow(place: Place) -> None:
+    hard = {f"requests.{GPU}": "0"}
+    path = f"/api/v1/namespaces/{place.runs}/resourcequotas"
+    body = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "gpus"}, "spec": {"hard": hard}}
+    place.create(path, body, {"hard": hard, "used": {f"requests.{GPU}": "0"}})
+    said = place.refused(place.runs, trainer(container=gpus(1)))
+    node = {"type": "Pod", "phase": "Pending", "displayName": "executor", "message": said}
+    workflow(place, "training-1", "Running", {"n1": node})
+    finding = only(place.examine(), "quota")
+    assert f"Workflow {place.runs}/training-1" in finding.symptom
+    assert "exceeded quota: gpus" in finding.cause
+    assert "requests.nvidia.com/gpu=1" in finding.cause
+    assert f"kubectl -n {place.runs} describe resourcequota gpus" in finding.fix
+
+
+# runs -------------------------------------------------------------------------------------------------------------
+
+
+def workflow(place: Place, name: str, phase: str, nodes: dict[str, Any]) -> None:
+    body = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "metadata": {"name": name}, "spec": {}}
+    body["status"] = {"phase": phase, "nodes": nodes}
+    place.create(f"/apis/argoproj.io/v1alpha1/namespaces/{place.runs}/workflows", body)
+
+
+def drivers(condition: str = "true", **decisions: str) -> dict[str, Any]:
+    """The nodes that KFP's drivers leave in a Workflow: one a step, with its decision as an output."""
+
+    def outputs(decision: str) -> dict[str, Any]:
+        values = {"cached-decision": decision, "condition": condition}
+        return {"parameters": [{"name": key, "value": value} for key, value in values.items()]}
+
+    return {
+        name: {"type": "Pod", "phase": "Succeeded", "displayName": f"{name}-driver", "outputs": outputs(decision)}
+        for name, decision in decisions.items()
+    }
+
+
+def test_a_green_run_whose_deploy_came_from_the_cache_is_found(place: Place) -> None:
+    workflow(place, "training-1", "Succeeded", drivers(resolve="false", train="true", evaluate="true", deploy="true"))
+    finding = only(place.examine(), "cached-steps")
+    assert "deploy never ran" in finding.symptom
+    assert "haechi compile" in finding.fix
+
+
+def test_a_green_run_in_which_nothing_ran_is_found(place: Place) -> None:
+    workflow(place, "measure", "Succeeded", drivers(train="true", evaluate="true"))
+    assert "none of its 2 steps ran" in only(place.examine(), "cached-steps").symptom
+
+
+def test_a_run_that_took_its_training_from_the_cache_is_healthy(place: Place) -> None:
+    nodes = drivers(resolve="false", build="false", train="true", deploy="false")
+    workflow(place, "training-1", "Succeeded", nodes | drivers(condition="false", refuse="true"))
+    workflow(place, "training-2", "Failed", drivers(deploy="true"))
+    assert place.examine().exit_code == 0
+
+
+# serving ----------------------------------------------------------------------------------------------------------
+
+SECOND = {"name": "b", "modelFormat": {"name": "yolo-onnx"}, "storageUri": "s3://haechi/models/a/2"}
+CANARY = {"canary": [{"predictor": {"name": "b", "model": SECOND}, "trafficPercent": 10}]}
+
+
+def kserve_config(place: Place, **ingress: Any) -> None:
+    place.config(
+        "kserve",
+        "inferenceservice-config",
+        deploy=json.dumps({"defaultDeploymentMode": "Standard"}),
+        ingress=json.dumps(ingress),
+    )
+
+
+def test_canary_traffic_percent_in_standard_mode_is_told_as_ignored(place: Place) -> None:
+    place.isvc("entrance", {"predictor": {"canaryTrafficPercent": 10}}, {"deploymentMode": "Standard"})
+    finding = only(place.examine(), "canary-mode")
+    assert "Knative only" in finding.cause
+    assert '"op": "remove"' in finding.fix
+
+
+def test_the_mode_of_kserves_config_counts_where_the_object_names_none(place: Place) -> None:
+    kserve_config(place, enableGatewayApi=True)
+    place.isvc("entrance", {"predictor": {"canaryTrafficPercent": 10}}, {})
+    assert "its mode is Standard" in only(place.examine(), "canary-mode").cause
+
+
+@pytest.mark.parametrize(
+    ("ingress", "cause"),
+    [
+        ({"enableGatewayApi": False}, "enableGatewayApi"),
+        ({"enableGatewayApi": True, "kserveIngressGateway": "kserve/gone"}, "kserve/gone"),
+    ],
+)
+def test_a_canary_without_its_gateway_is_found(place: Place, ingress: dict[str, Any], cause: str) -> None:
+    kserve_config(place, **ingress)
+    place.isvc("entrance", CANARY, {"deploymentMode": "Standard"})
+    assert cause in only(place.examine(), "canary-mode").cause
+
+
+def test_mode_knative_without_knative_and_with_the_other_canary_is_found_twice(place: Place) -> None:
+    place.isvc("entrance", CANARY, {"deploymentMode": "Knative"})
+    diagnosis = place.examine()
+    causes = [finding.cause for finding in _findings(diagnosis, "canary-mode")]
+    assert any("spec.canary is of mode Standard" in cause for cause in causes)
+    assert "Knative Serving is not installed" in causes
+
+
+def test_a_missing_runtime_is_found(place: Place) -> None:
+    path = f"/apis/serving.kserve.io/v1alpha1/namespaces/{place.serving}/servingruntimes/haechi-yolo"
+    assert place.server.request("DELETE", path).status == 200
+    place.isvc("entrance", {}, {})
+    finding = only(place.examine(), "runtime")
+    assert "selects itself for format 'yolo-onnx'" in finding.cause
+    assert "kubectl" in finding.fix
+
+
+def test_triton_that_takes_onnx_by_itself_is_found(place: Place) -> None:
+    formats = [{"name": "onnx", "version": "1", "autoSelect": True, "priority": 1}]
+    spec = {"supportedModelFormats": formats, "containers": [{"name": "kserve-container", "image": "triton:1"}]}
+    path, meta = "/apis/serving.kserve.io/v1alpha1/clusterservingruntimes", {"name": "kserve-tritonserver"}
+    entry = {
+        "apiVersion": "serving.kserve.io/v1alpha1",
+        "kind": "ClusterServingRuntime",
+        "metadata": meta,
+        "spec": spec,
+    }
+    place.create(path, entry)
+    try:
+        model = {"modelFormat": {"name": "onnx"}, "storageUri": "s3://haechi/models/a/1"}
+        place.isvc("entrance", {"predictor": {"model": model}}, {})
+        finding = only(place.examine(), "runtime")
+    finally:
+        place.server.request("DELETE", f"{path}/kserve-tritonserver")
+    assert "kserve-tritonserver" in finding.cause
+    assert "yolo-onnx" in finding.fix
+
+
+def test_a_runtime_that_is_named_and_not_there_is_found(place: Place) -> None:
+    model = {"modelFormat": {"name": "yolo-onnx"}, "storageUri": "s3://haechi/models/a/1", "runtime": "gone"}
+    place.isvc("entrance", {"predictor": {"model": model}}, {})
+    assert "runtime gone" in only(place.examine(), "runtime").symptom
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("An error occurred (403) when calling HeadObject: Forbidden", "refuses the keys"),
+        ("NoSuchKey: s3://haechi/models/a/1", "is not in the store"),
+        ("Could not connect to the endpoint URL: http://minio.minio:9000", "does not reach the store"),
+    ],
+)
+def test_a_model_that_does_not_load_is_told_with_its_cause(place: Place, said: str, cause: str) -> None:
+    failure = {"reason": "ModelLoadFailed", "message": said}
+    states = {"activeModelState": "", "targetModelState": "FailedToLoad"}
+    model = {"transitionStatus": "BlockedByFailedLoad", "lastFailureInfo": failure, "states": states}
+    place.isvc("entrance", {}, {"deploymentMode": "Standard", "modelStatus": model})
+    assert cause in only(place.examine(), "model-load").cause
+
+
+# settings, keys, rights -------------------------------------------------------------------------------------------
+
+
+def test_a_service_account_without_rights_is_found(place: Place) -> None:
+    path = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{place.serving}/rolebindings/haechi-deploy"
+    assert place.server.request("DELETE", path).status == 200
+    finding = only(place.examine(), "rights")
+    assert f"system:serviceaccount:{place.runs}:pipeline-runner may not" in finding.symptom
+    assert "patch inferenceservices.serving.kserve.io" in finding.symptom
+    assert f"--serviceaccount={place.runs}:pipeline-runner" in finding.fix
+
+
+def test_the_steps_own_account_may_ask_about_itself(place: Place) -> None:
+    path = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{place.serving}/rolebindings/haechi-deploy"
+    assert place.server.request("DELETE", path).status == 200
+    diagnosis = place.examine(f"{place.runs}/pipeline-runner")
+    assert len(_findings(diagnosis, "rights")) == 1
+
+
+def test_a_namespace_that_does_not_exist_is_found(place: Place) -> None:
+    diagnosis = place.examine(serving="nowhere")
+    [finding] = _findings(diagnosis, "namespaces")
+    assert "namespace nowhere does not exist" in finding.symptom
+
+
+@pytest.mark.parametrize(
+    ("plant", "symptom", "fix"),
+    [
+        (
+            lambda p: p.config(p.runs, "haechi-settings", HAECHI_S3_ENDPOINT="minio:9000"),
+            "has no HAECHI_BUCKET",
+            "patch",
+        ),
+        (
+            lambda p: p.server.request("DELETE", f"/api/v1/namespaces/{p.runs}/configmaps/haechi-settings"),
+            "ConfigMap .* does not exist",
+            "manifests/base/pipeline",
+        ),
+        (
+            lambda p: p.server.request("DELETE", f"/api/v1/namespaces/{p.runs}/secrets/haechi-s3"),
+            "Secret .* does not exist",
+            "create secret generic haechi-s3",
+        ),
+    ],
+)
+def test_settings_that_are_not_whole_are_found(place: Place, plant: Any, symptom: str, fix: str) -> None:
+    import re
+
+    plant(place)
+    found = _findings(place.examine(), "step-settings")
+    assert any(re.search(symptom, item.symptom) and fix in item.fix for item in found), found
+
+
+def test_an_endpoint_without_a_scheme_in_the_config_map_is_found(place: Place) -> None:
+    place.patch(
+        f"/api/v1/namespaces/{place.runs}/configmaps/haechi-settings", {"data": {"HAECHI_S3_ENDPOINT": "minio:9000"}}
+    )
+    [finding] = _findings(place.examine(), "step-settings")
+    assert "'minio:9000', not a URL" in finding.symptom
+
+
+@pytest.mark.parametrize(
+    ("keys", "check", "cause"),
+    [
+        ({"secret_key": "of somebody else"}, "step-keys", "the secret key is another"),
+        ({"access_key": "UNKNOWNACCESSKEY"}, "step-keys", "no such access key"),
+        ({"secret_key": "\n"}, "step-settings", "line break"),
+    ],
+)
+def test_wrong_keys_in_the_steps_secret_are_found_and_never_shown(
+    place: Place, keys: dict[str, str], check: str, cause: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = {"access_key": place.settings.s3_access_key, "secret_key": place.settings.s3_secret_key}
+    if keys.get("secret_key") == "\n":
+        keys = {"secret_key": right["secret_key"] + "\n"}
+    place.secret(place.runs, "haechi-s3", **(right | keys))
+    [finding] = _findings(place.examine(), check)
+    assert cause in finding.cause
+    for extra in ([], ["--json"]):
+        words = ["doctor", "--kubeconfig", str(place.server.kubeconfig()), "--namespace", place.runs]
+        assert main([*words, "--serving", place.serving, *extra]) == 1
+    shown = capsys.readouterr()
+    for secret in (place.settings.s3_secret_key, "of somebody else", "UNKNOWNACCESSKEY", place.server.token("admin")):
+        assert secret not in shown.out + shown.err
+
+
+def test_the_steps_bucket_that_does_not_exist_is_found(place: Place) -> None:
+    path = f"/api/v1/namespaces/{place.runs}/configmaps/haechi-settings"
+    place.patch(path, {"data": {"HAECHI_BUCKET": "nobody-made-this"}})
+    finding = only(place.examine(), "step-keys")
+    assert "'nobody-made-this' does not exist" in finding.symptom
+
+
+def test_wrong_keys_of_kserves_storage_initializer_are_found(place: Place) -> None:
+    place.kserve_secret(place.settings.s3_endpoint.removeprefix("http://"), secret_key="of somebody else")
+    assert "AWS_SECRET_ACCESS_KEY" in only(place.examine(), "kserve-keys").fix
+
+
+def test_an_endpoint_with_a_scheme_for_kserve_is_found(place: Place) -> None:
+    place.kserve_secret("http://minio.minio:9000")
+    assert "s3-endpoint=minio.minio:9000" in only(place.examine(), "kserve-keys").fix
+
+
+def test_a_service_account_that_does_not_list_the_keys_is_found(place: Place) -> None:
+    place.patch(f"/api/v1/namespaces/{place.serving}/serviceaccounts/default", {"secrets": []})
+    assert "patch serviceaccount default" in only(place.examine(), "kserve-keys").fix
+
+
+def test_an_mlflow_that_is_away_is_found_for_the_steps(place: Place) -> None:
+    path = f"/api/v1/namespaces/{place.runs}/configmaps/haechi-settings"
+    place.patch(path, {"data": {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}})
+    assert "nothing listens at 127.0.0.1:9" in only(place.examine(), "step-mlflow").cause
+
+
+@pytest.mark.parametrize(
+    ("port", "ready", "symptom"),
+    [(0, True, "does not exist"), (9001, True, "has no port 9000"), (9000, False, "no ready pod behind it")],
+)
+def test_a_service_that_settings_name_and_that_cannot_answer_is_found(
+    place: Place, port: int, ready: bool, symptom: str
+) -> None:
+    if port:
+        service(place.server, place.runs, "minio", port, ready)
+    path = f"/api/v1/namespaces/{place.runs}/configmaps/haechi-settings"
+    place.patch(path, {"data": {"HAECHI_S3_ENDPOINT": f"http://minio.{place.runs}.svc:9000"}})
+    diagnosis = place.examine()
+    finding = only(diagnosis, "service-endpoints")
+    assert symptom in finding.symptom
+    # The name has no address here, so the keys are told as not tried.
+    assert {result.check: result.unseen for result in diagnosis.results}["step-keys"].startswith("minio.")
+
+
+# what cannot be seen ----------------------------------------------------------------------------------------------
+
+
+def test_what_we_may_not_see_is_told_as_such_and_is_not_health(place: Place) -> None:
+    nobody = place.server.make_service_account(place.runs, "nobody")
+    diagnosis = place.examine(nobody)
+    unseen = {result.check: result.unseen for result in diagnosis.results if result.unseen}
+    assert diagnosis.exit_code == 2
+    assert {"pending", "train-shm", "image-pull", "rights", "step-settings", "runtime", "namespaces"} <= set(unseen)
+    assert 'cannot list resource "pods"' in unseen["train-shm"]
+    assert all(result.remedy for result in diagnosis.results if result.check == "train-shm")
+
+
+def test_one_namespace_that_we_may_not_see_hides_no_finding_of_the_other(place: Place) -> None:
+    viewer = _viewer(place, place.runs)
+    place.pod("train", trainer(), unschedulable("0/3 nodes are available: 3 Insufficient nvidia.com/gpu."))
+    [result] = [item for item in place.examine(viewer).results if item.check == "pending"]
+    assert len(result.findings) == 1
+    assert place.serving in result.unseen
+
+
+def test_a_cluster_that_is_away_is_told_once_and_quickly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entries = {
+        "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:9"}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "users": [{"name": "u", "user": {"token": "secret-of-the-test"}}],
+    }
+    path = tmp_path / "config"
+    path.write_text(json.dumps({"apiVersion": "v1", "kind": "Config", "current-context": "x", **entries}))
+    assert main(["doctor", "--kubeconfig", str(path), "--workdir", str(tmp_path)]) == 2
+    out = capsys.readouterr().out
+    assert out.count("http://127.0.0.1:9 cannot be reached") == 1
+    assert "secret-of-the-test" not in out
+
+
+# a cluster that lacks parts ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bare(cluster: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    """A second API server, without any kind but Kubernetes' own."""
+    with ApiServer(tmp_path_factory.mktemp("bare")) as server:
+        server.make_namespace("runs")
+        server.make_namespace("serving")
+        yield server
+
+
+def test_a_cluster_without_kserve_is_found_and_one_without_gateway_api_cannot_split(bare: ApiServer) -> None:
+    aim = Aim(namespace="runs", serving="serving", kubeconfig=str(bare.kubeconfig()))
+    [finding] = _findings(examine(World(aim, env={}), checks=CLUSTER_CHECKS), "kserve")
+    assert "KServe is not installed" in finding.cause
+    crds.load(bare, [item for item in crds.definitions(CRDS) if item["spec"]["group"] == "serving.kserve.io"])
+    model = {"modelFormat": {"name": "yolo-onnx"}, "storageUri": "s3://haechi/models/a/1"}
+    spec = {"predictor": {"model": model}, **CANARY}
+    body = {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {"name": "a"},
+        "spec": spec,
+    }
+    body["metadata"]["annotations"] = {"serving.kserve.io/deploymentMode": "Standard"}
+    assert bare.request("POST", ISVC.format("serving"), body).status == 201
+    diagnosis = examine(World(aim, env={}), checks=CLUSTER_CHECKS)
+    assert not _findings(diagnosis, "kserve")
+    [finding] = _findings(diagnosis, "canary-mode")
+    assert "no Gateway API" in finding.cause
+
+
+def _findings(diagnosis: Diagnosis, check: str) -> list[Any]:
+    return [finding for result in diagnosis.results if result.check == check for finding in result.findings]
+
+
+def _viewer(place: Place, *namespaces: str) -> str:
+    """A user who may list pods and little else, in some or both namespaces."""
+    user = place.server.make_service_account(place.runs, "viewer")
+    for namespace in namespaces or (place.runs, place.serving):
+        role = {"apiVersion": "rbac.authorization.k8s.io/v1", "metadata": {"name": "viewer", "namespace": namespace}}
+        rules = [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list"]}]
+        place.server.apply({**role, "kind": "Role", "rules": rules})
+        subject = {"kind": "ServiceAccount", "name": "viewer", "namespace": place.runs}
+        reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "viewer"}
+        place.server.apply({**role, "kind": "RoleBinding", "roleRef": reference, "subjects": [subject]})
+    return user
