@@ -56,6 +56,8 @@ def create_app(service: Service, max_body: int = MAX_BODY, more: tuple[BaseRoute
         *more,
     ]
     app = Starlette(routes=routes, exception_handlers={HaechiError: failed, HTTPException: failed, Exception: failed})
+    # A redirect would go wherever the caller's Host header says.
+    app.router.redirect_slashes = False
     app.state.service = service
     app.state.max_body = max_body
     app.state.held = _Held()
