@@ -13,12 +13,14 @@ from api_server import ApiServer
 __all__ = ["WITHOUT_SCHEMA", "definitions", "load", "without_schema"]
 
 _CLUSTER_SCOPED = ("ClusterServingRuntime",)
-# Kinds in the manifests that no schema is at hand for: the server takes anything in their spec.
+# Kinds in the manifests, and of what Pipelines makes, that no schema is at hand for: the server takes anything in their spec.
 WITHOUT_SCHEMA = (
     ("monitoring.coreos.com", "v1", "PodMonitor"),
     ("monitoring.coreos.com", "v1", "PrometheusRule"),
     ("monitoring.coreos.com", "v1", "ServiceMonitor"),
     ("argoproj.io", "v1alpha1", "Application"),
+    ("argoproj.io", "v1alpha1", "Workflow"),
+    ("kubeflow.org", "v1beta1", "ScheduledWorkflow"),
 )
 
 
