@@ -35,6 +35,7 @@ PARAMETERS: dict[str, type] = {
     "golden_images": int,
     "gate": dict,
     "target": str,
+    "rollout": dict,
     "seed": int,
     "device": str,
     "gpu_type": str,
@@ -47,6 +48,7 @@ PARAMETERS: dict[str, type] = {
     "s3_secret": str,
     "mlflow_secret": str,
     "roboflow_secret": str,
+    "git_secret": str,
 }
 
 

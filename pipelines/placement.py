@@ -7,7 +7,9 @@ from typing import Any
 
 from kfp import dsl, kubernetes
 
-__all__ = ["on_cluster", "on_gpu", "with_roboflow"]
+from haechi.components.shared.settings import GIT_CREDENTIALS
+
+__all__ = ["on_cluster", "on_gpu", "with_git", "with_roboflow"]
 
 _SETTINGS = ("HAECHI_S3_ENDPOINT", "HAECHI_S3_REGION", "HAECHI_BUCKET", "MLFLOW_TRACKING_URI")
 _CREDENTIALS = {"access_key": "HAECHI_S3_ACCESS_KEY", "secret_key": "HAECHI_S3_SECRET_KEY"}
@@ -82,3 +84,8 @@ def with_roboflow(task: dsl.PipelineTask, secret: Any) -> dsl.PipelineTask:
     """Let a task use Roboflow where the cluster has a Secret with its `api_key`; without one it starts all the same."""
     kubernetes.use_secret_as_env(task, secret, {"api_key": "ROBOFLOW_API_KEY"}, optional=True)
     return task
+
+
+def with_git(task: dsl.PipelineTask, secret: Any) -> dsl.PipelineTask:
+    """Let a task push to a Git repository where the cluster has a Secret for it; its keys become files."""
+    return kubernetes.use_secret_as_volume(task, secret, mount_path=GIT_CREDENTIALS, optional=True)

@@ -13,7 +13,7 @@ from haechi.components.label.component import label
 from haechi.components.resolve.component import resolve
 from haechi.components.train.component import train
 
-from .placement import on_cluster, on_gpu, with_roboflow
+from .placement import on_cluster, on_gpu, with_git, with_roboflow
 
 __all__ = ["training"]
 
@@ -40,6 +40,7 @@ def training(
     golden_images: int = 8,
     gate: dict = {},  # noqa: B006
     target: str = "none",
+    rollout: dict = {},  # noqa: B006
     seed: int = 0,
     device: str = "auto",
     gpu_type: str = "nvidia.com/gpu",
@@ -52,6 +53,7 @@ def training(
     s3_secret: str = "haechi-s3",  # noqa: S107 - the Secret's name, not a secret
     mlflow_secret: str = "haechi-mlflow",  # noqa: S107
     roboflow_secret: str = "haechi-roboflow",  # noqa: S107
+    git_secret: str = "haechi-git",  # noqa: S107
 ) -> str:
     """Turn the flywheel once.
 
@@ -72,7 +74,8 @@ def training(
         iou: overlap above which boxes of one class are one.
         golden_images: images in the model folder that prove it.
         gate: floors and margins of the promotion gate.
-        target: none, dir:/path or kserve:namespace/name.
+        target: none, dir:/path, kserve:namespace/name or git:repository#branch:path.
+        rollout: steps and limits of a rollout on KServe that differ from the defaults.
         seed: of splits, training and bootstrap.
         device: auto, cpu, mps, 0 or 0,1.
         gpu_type: accelerator resource name.
@@ -85,6 +88,7 @@ def training(
         s3_secret: Secret with the store's credentials.
         mlflow_secret: Secret with MLflow's `username` and `password`, or `token`; needed only where MLflow asks.
         roboflow_secret: Secret with the key `api_key`; needed only where an import is a Roboflow project.
+        git_secret: Secret with `username` and `password`, or `ssh-privatekey` and `known_hosts`; needed only for a target git:.
 
     Returns:
         `promote`, `refuse` or `not_enough_data`.
@@ -166,9 +170,10 @@ def training(
             name=name,
             champion=champion,
             target=target,
+            rollout=rollout,
             run_id=run_id,
         )
-        on_cluster(deployed, *steps)
+        with_git(on_cluster(deployed, *steps), git_secret)
     with dsl.Else():
         refused = on_cluster(refuse(onnx_model=onnx_model, verdict=verdict, name=name, run_id=run_id), *steps)
     # If neither branch ran (a condition that failed to evaluate), OneOf makes that an error instead of a success.

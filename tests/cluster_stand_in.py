@@ -1,6 +1,6 @@
 """A stand-in for a Kubernetes API server with KServe, because no cluster runs where the tests run.
 
-It is a real HTTP server on loopback that knows one kind, InferenceService in mode Knative: it stores what is applied by
+It is a real HTTP server on loopback that knows Leases and InferenceServices in mode Knative: it stores what is applied by
 server-side apply (owners of fields, conflicts, removal of fields that an owner lets go), counts generations, and plays
 KServe's controller by writing a status some polls later. It proves what we send and how we read answers, not KServe
 itself; tests/e2e has a real API server, and mode Standard.
@@ -24,6 +24,7 @@ from urllib.parse import parse_qs, urlsplit
 __all__ = ["ClusterStandIn"]
 
 TOKEN = "let-me-in"
+_LEASE = re.compile(r"/apis/coordination\.k8s\.io/v1/namespaces/([^/]+)/leases(?:/([^/]+))?")
 _PATH = re.compile(r"/apis/serving\.kserve\.io/v1beta1/namespaces/([^/]+)/inferenceservices/([^/]+)")
 _NO_OWNER = (("apiVersion",), ("kind",), ("metadata", "name"), ("metadata", "namespace"))
 
@@ -39,7 +40,8 @@ class ClusterStandIn:
         outcomes: storageUri → transitionStatus that its rollout ends in; `UpToDate` where not named.
         objects: (namespace, name) → object.
         applied: every accepted or refused apply: manager, content type, body.
-        gets: number of GET requests.
+        gets: number of GET requests of InferenceServices.
+        leases: (namespace, name) → Lease.
     """
 
     def __init__(self, namespaces: list[str]) -> None:
@@ -49,6 +51,9 @@ class ClusterStandIn:
         self.objects: dict[tuple[str, str], dict[str, Any]] = {}
         self.applied: list[tuple[str, str, dict[str, Any]]] = []
         self.gets = 0
+        self.leases: dict[tuple[str, str], dict[str, Any]] = {}
+        self._rolled_out: dict[tuple[str, str], str] = {}  # the revision that last had all traffic
+        self._revisions: dict[tuple[str, str], tuple[str, int]] = {}  # storageUri and number of the newest
         self._owned: dict[tuple[str, str], dict[str, dict[tuple[str, ...], Any]]] = {}
         self._wait: dict[tuple[str, str], int] = {}
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -86,11 +91,16 @@ class ClusterStandIn:
         found = _PATH.fullmatch(parts.path)
         if headers.get("Authorization") != f"Bearer {TOKEN}":
             return 401, _status("Unauthorized")
+        lease = _LEASE.fullmatch(parts.path)
+        if lease:
+            return self._lease(verb, lease[1], lease[2] or "", body)
         if verb in self.refuse:
             status, message = self.refuse[verb]
             return status, _status(message)
         if parts.path.startswith("/apis/apps/v1/"):
             return 404, _status('deployments.apps "entrance-predictor" not found')
+        if parts.path.startswith("/api/v1/namespaces/kserve/configmaps/"):
+            return 404, _status('configmaps "inferenceservice-config" not found')
         if not self.kserve or not found:
             return 404, "404 page not found\n"
         key = (found[1], found[2])
@@ -99,13 +109,28 @@ class ClusterStandIn:
         query = {name: values[0] for name, values in parse_qs(parts.query).items()}
         return self._apply(key, query, headers.get("Content-Type", ""), json.loads(body))
 
+    def _lease(self, verb: str, namespace: str, name: str, body: bytes) -> tuple[int, Any]:
+        if verb == "GET":
+            found = self.leases.get((namespace, name))
+            return (200, found) if found else (404, _status(f'leases.coordination.k8s.io "{name}" not found'))
+        if namespace not in self.namespaces:
+            return 404, _status(f'namespaces "{namespace}" not found')
+        entry = json.loads(body)
+        key = (namespace, entry["metadata"]["name"])
+        before = self.leases.get(key, {"metadata": {"resourceVersion": None}})["metadata"]["resourceVersion"]
+        if entry["metadata"].get("resourceVersion") != before:
+            return 409, _status("the object has been modified")
+        entry["metadata"]["resourceVersion"] = str(int(before or 0) + 1)
+        self.leases[key] = entry
+        return 200, entry
+
     def _get(self, key: tuple[str, str]) -> tuple[int, Any]:
         self.gets += 1
         if key not in self.objects:
             return 404, _status(f'inferenceservices.serving.kserve.io "{key[1]}" not found')
         self._wait[key] -= 1
-        if self._wait[key] <= 0:
-            self._reconcile(self.objects[key])
+        if self._wait[key] <= 0 and "model" in self.objects[key]["spec"]["predictor"]:
+            self._reconcile(key, self.objects[key])
         return 200, self.objects[key]
 
     def _apply(self, key: tuple[str, str], query: dict[str, str], kind: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -121,7 +146,11 @@ class ClusterStandIn:
             taken = [path for path in wanted if path in fields and fields[path] != wanted[path]]
             if other != manager and taken and query.get("force") != "true":
                 return 409, _status(f'Apply failed with 1 conflict: conflict with "{other}": .{".".join(taken[0])}')
-        current = self.objects.setdefault(key, {"metadata": {"generation": 0}})
+        if query.get("dryRun"):
+            return 200, body
+        current = self.objects.setdefault(
+            key, {"metadata": {"generation": 0, "name": key[1], "namespace": key[0], "uid": "0"}}
+        )
         before = json.dumps(current.get("spec"), sort_keys=True)
         for path in set(owners.get(manager, {})) - set(wanted):
             _remove(current, path)
@@ -133,7 +162,7 @@ class ClusterStandIn:
             self._wait[key] = self.delay
         return 200, current
 
-    def _reconcile(self, found: dict[str, Any]) -> None:
+    def _reconcile(self, key: tuple[str, str], found: dict[str, Any]) -> None:
         uri = found["spec"]["predictor"]["model"]["storageUri"]
         outcome = self.outcomes.get(uri, "UpToDate")
         good = outcome == "UpToDate"
@@ -141,18 +170,29 @@ class ClusterStandIn:
         if not good:
             model["lastFailureInfo"] = {"reason": "ModelLoadFailed", "message": f"cannot load {uri}"}
         # As in a cluster, the old pods keep the service Ready while the new ones fail.
-        ready = {"type": "Ready", "status": "True" if good or found["metadata"]["generation"] > 1 else "False"}
+        condition = {"type": "Ready", "status": "True" if good or found["metadata"]["generation"] > 1 else "False"}
         predictor = {"type": "PredictorReady", "status": "True" if good else "False"}
         if not good:
             predictor |= {"reason": "RevisionFailed", "message": "container kserve-container crashed"}
         generation = found["metadata"]["generation"]
-        revisions = {"latestCreatedRevision": f"predictor-{generation:05d}", "latestReadyRevision": "predictor-00001"}
-        if good:
-            revisions["latestReadyRevision"] = revisions["latestCreatedRevision"]
+        named, number = self._revisions.get(key, ("", 0))
+        if named != uri:
+            number += 1
+            self._revisions[key] = (uri, number)
+        newest, share = f"predictor-{number:05d}", found["spec"]["predictor"].get("canaryTrafficPercent")
+        ready = newest if good else f"predictor-{number - 1:05d}"
+        revisions: dict[str, Any] = {"latestCreatedRevision": newest, "latestReadyRevision": ready}
+        if share is None or key not in self._rolled_out:
+            share = 100
+            self._rolled_out[key] = ready
+        revisions["traffic"] = [{"latestRevision": True, "revisionName": ready, "percent": share, "tag": "latest"}]
+        if share < 100:
+            former = {"revisionName": self._rolled_out[key], "percent": 100 - share, "tag": "prev"}
+            revisions["traffic"].append({"latestRevision": False, **former})
         found["status"] = {
             "observedGeneration": generation,
             "deploymentMode": "Knative",
-            "conditions": [ready, predictor],
+            "conditions": [condition, predictor],
             "modelStatus": model,
             "components": {"predictor": revisions},
         }
@@ -167,6 +207,12 @@ def _handler(cluster: ClusterStandIn) -> type[http.server.BaseHTTPRequestHandler
 
         def do_PATCH(self) -> None:
             self._answer("PATCH")
+
+        def do_POST(self) -> None:
+            self._answer("POST")
+
+        def do_PUT(self) -> None:
+            self._answer("PUT")
 
         def _answer(self, verb: str) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))

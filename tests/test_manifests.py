@@ -451,7 +451,8 @@ def test_the_pipelines_service_account_may_do_what_deploy_does_and_no_more() -> 
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "pipeline-runner", "namespace": "kubeflow"}]
     rights = {(r, v) for rule in role["rules"] for r in rule["resources"] for v in rule["verbs"]}
     assert {("inferenceservices", verb) for verb in ("get", "create", "patch")} <= rights
-    assert not any(verb in ("delete", "deletecollection", "*") or resource == "*" for resource, verb in rights)
+    assert not any(verb in ("deletecollection", "*") or resource == "*" for resource, verb in rights)
+    assert {resource for resource, verb in rights if verb == "delete"} == {"inferenceservices"}, "for shadows"
 
 
 # ---- GitOps

@@ -16,6 +16,7 @@ def deploy(
     target: str,
     run_id: str,
     deployed: Output[Artifact],
+    rollout: dict = {},  # noqa: B006 - kfp copies the default into the IR
 ) -> str:
     """Store and register a promoted model, switch the target, and make it the champion.
 
@@ -28,6 +29,7 @@ def deploy(
         target: `none`, `dir:/abs/path` or `kserve:<namespace>/<name>`.
         run_id: the pipeline run's id.
         deployed: folder with `deployed.json`.
+        rollout: steps and limits of a rollout on KServe that differ from the defaults.
 
     Returns:
         `promote`.
@@ -48,6 +50,7 @@ def deploy(
         run_id=run_id,
         out=Path(deployed.path),
         settings=Settings.from_env(),
+        rollout=rollout,
     )
     deployed.metadata.update(asdict(result))
     return "promote"

@@ -8,6 +8,7 @@ the predictor's service account, which a person sets on the object or on the nam
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,33 @@ from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.progress import say
 
 from .kubernetes_api import MANAGER, InferenceServiceApi
-from .readiness import latest_revision, look, storage_uri
+from .lease import LeaseLost
+from .readiness import Look, latest_revision, look, storage_uri
+from .rollout_state import STATE
 
-__all__ = ["PREVIOUS", "Patience", "manifest", "roll_out"]
+__all__ = [
+    "MODE",
+    "PREVIOUS",
+    "TAG_ROUTING",
+    "Patience",
+    "TakenOver",
+    "bare",
+    "manifest",
+    "ours",
+    "refuse_canary",
+    "roll_out",
+    "wait",
+]
 
 PREVIOUS = "haechi.io/previous-storage-uri"  # lets a repeated step, killed while it waited, still go back
+MODE = "serving.kserve.io/deploymentMode"
+TAG_ROUTING = "serving.kserve.io/enable-tag-routing"
+_OUR_LABELS = "app.kubernetes.io/"
 _LABEL_LENGTH = 63
+
+
+class TakenOver(DeployError):
+    """Somebody else changed the service meanwhile: theirs stays."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +54,17 @@ class Patience:
         timeout: seconds until it must be ready; covers a node that must start first.
         poll: seconds between looks.
         blocked: seconds that KServe may report a failed load before we believe it (a pod is retried meanwhile).
+        lease: seconds after which the lease of a killed deploy expires.
     """
 
     timeout: float = 900.0
     poll: float = 2.0
     blocked: float = 60.0
+    lease: float = 60.0
 
     def __post_init__(self) -> None:
-        if min(self.timeout, self.poll) <= 0 or self.blocked < 0:
-            raise ValueError("timeout and poll are positive, blocked is not negative")
+        if min(self.timeout, self.poll, self.lease) <= 0 or self.blocked < 0:
+            raise ValueError("timeout, poll and lease are positive, blocked is not negative")
 
 
 def manifest(namespace: str, name: str, model: ModelFolder, storage_uri: str) -> dict[str, Any]:
@@ -51,7 +75,7 @@ def manifest(namespace: str, name: str, model: ModelFolder, storage_uri: str) ->
         model: the model folder's description.
         storage_uri: `s3://<bucket>/models/<name>/<version>`, without a slash at the end.
     """
-    body = _body(namespace, name, model.name, model.version, storage_uri)
+    body = bare(namespace, name, model.name, model.version, storage_uri)
     body["metadata"]["annotations"] = {
         "haechi.io/onnx-sha256": model.onnx_sha256,
         "haechi.io/checkpoint-sha256": model.checkpoint_sha256,
@@ -61,29 +85,77 @@ def manifest(namespace: str, name: str, model: ModelFolder, storage_uri: str) ->
     return body
 
 
-def roll_out(api: InferenceServiceApi, wanted: dict[str, Any], patience: Patience) -> None:
+def ours(found: dict[str, Any]) -> dict[str, Any]:
+    """Our part of an InferenceService as it stands, without a canary and without what is told of a rollout.
+
+    To be applied again with a change: what an apply leaves out is removed.
+    """
+    meta, predictor = found["metadata"], found["spec"]["predictor"]
+    model = predictor.get("model") or {}
+    served = {key: model[key] for key in ("modelFormat", "protocolVersion", "storageUri") if key in model}
+    notes = meta.get("annotations") or {}
+    return {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {
+            "name": meta["name"],
+            "namespace": meta["namespace"],
+            "labels": {key: value for key, value in (meta.get("labels") or {}).items() if key.startswith(_OUR_LABELS)},
+            "annotations": {
+                key: value
+                for key, value in notes.items()
+                if (key.startswith("haechi.io/") and key != STATE) or key in (MODE, TAG_ROUTING)
+            },
+        },
+        "spec": {"predictor": {"model": served, **_own_name(predictor)}},
+    }
+
+
+def roll_out(
+    api: InferenceServiceApi, wanted: dict[str, Any], patience: Patience, tick: Callable[[], None] = lambda: None
+) -> None:
     """Apply `wanted` and wait until KServe serves it; where it does not, put the previous model back.
 
     A repeated call finds its own object and only waits.
+
+    Args:
+        api: the service.
+        wanted: what `manifest` makes.
+        patience: how long to wait.
+        tick: called with each look.
 
     Raises:
         DeployError: refused, or not ready in time (then with the conditions' messages, and what was put back).
     """
     before, uri = api.get(), storage_uri(wanted)
-    _refuse_canary(api, before)
+    refuse_canary(api, before)
     api.deployment(f"{api.name}-predictor")  # may we look at all? Told before anything changes
     previous = _previous_uri(before, uri)
     if previous:
         wanted["metadata"]["annotations"][PREVIOUS] = previous
+    # Without the name that a canary left, the Deployment would be renamed and the old one deleted at once.
+    wanted["spec"]["predictor"] |= _own_name(((before or {}).get("spec") or {}).get("predictor") or {})
     api.apply(wanted)
     say(f"InferenceService {api.namespace}/{api.name} names {uri}; waiting until it is ready")
+    stale = latest_revision(before) if storage_uri(before) != uri else ""
     try:
-        _wait(api, uri, latest_revision(before) if storage_uri(before) != uri else "", patience)
+        wait(api, patience, lambda found: _look_for(api, found, uri, stale), uri, tick)
+    except LeaseLost:
+        raise
     except DeployError as error:
         raise DeployError(f"{error.problem}. {_go_back(api, wanted, previous)}", error.remedy) from error
 
 
-def _body(namespace: str, name: str, model: str, version: str, storage_uri: str) -> dict[str, Any]:
+def _own_name(predictor: dict[str, Any]) -> dict[str, str]:
+    return {"name": predictor["name"]} if predictor.get("name") else {}
+
+
+def _look_for(api: InferenceServiceApi, found: dict[str, Any], uri: str, stale: str) -> Look | None:
+    return look(found, stale, api.deployment) if storage_uri(found) == uri else None
+
+
+def bare(namespace: str, name: str, model: str, version: str, storage_uri: str) -> dict[str, Any]:
+    """An InferenceService of a model of which only name, version and place are known."""
     labels = {
         "app.kubernetes.io/name": model[:_LABEL_LENGTH].rstrip("-._"),
         "app.kubernetes.io/instance": name,
@@ -108,8 +180,12 @@ def _previous_uri(before: dict[str, Any] | None, wanted: str) -> str:
     return str((before["metadata"].get("annotations") or {}).get(PREVIOUS, ""))
 
 
-def _refuse_canary(api: InferenceServiceApi, before: dict[str, Any] | None) -> None:
-    """A plain switch under a canary would send part of the traffic to something that nobody judged."""
+def refuse_canary(api: InferenceServiceApi, before: dict[str, Any] | None) -> None:
+    """Raise where traffic is split: a switch would send part of it to something that nobody judged.
+
+    Raises:
+        DeployError: somebody's canary is under way.
+    """
     spec = (before or {}).get("spec") or {}
     share = (spec.get("predictor") or {}).get("canaryTrafficPercent")
     if spec.get("canary") or share not in (None, 100):
@@ -119,21 +195,41 @@ def _refuse_canary(api: InferenceServiceApi, before: dict[str, Any] | None) -> N
         )
 
 
-def _wait(api: InferenceServiceApi, uri: str, stale: str, patience: Patience) -> None:
+def wait(
+    api: InferenceServiceApi,
+    patience: Patience,
+    looks: Callable[[dict[str, Any]], Look | None],
+    what: str,
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """Look again and again until it is ready.
+
+    Args:
+        api: the service.
+        patience: how long, and how often.
+        looks: what is seen of the object; None where it is no longer what we applied.
+        what: we wait for, in a few words.
+        tick: called with each look.
+
+    Raises:
+        TakenOver: somebody changed or deleted the service.
+        DeployError: not ready in time, or KServe has given up.
+    """
     where = f"InferenceService {api.namespace}/{api.name}"
     start, blocked_since, state = time.monotonic(), 0.0, "nothing was reported"
     while time.monotonic() - start < patience.timeout:
         time.sleep(patience.poll)
+        tick()
         try:
             found = api.get()
-            seen = look(found, stale, api.deployment) if found and storage_uri(found) == uri else None
+            seen = looks(found) if found else None
         except DeployError as error:  # an API server that restarts must not undo a good rollout
             state = error.problem
             continue
         if seen is None:
-            raise DeployError(f"{where} was changed or deleted while {uri} was rolled out", "Run deploy again.")
+            raise TakenOver(f"{where} was changed or deleted while {what} was rolled out", "Run deploy again.")
         if seen.ready:
-            say(f"{where} is ready after {time.monotonic() - start:.0f} s")
+            say(f"{where}: {what} is ready after {time.monotonic() - start:.0f} s")
             return
         state = seen.reason
         blocked_since = (blocked_since or time.monotonic()) if seen.blocked else 0.0
@@ -155,7 +251,9 @@ def _go_back(api: InferenceServiceApi, wanted: dict[str, Any], previous: str) ->
             return f"It names {now or 'no model'} now, so it was left as it is"
         if not previous:
             return "There was no model before it, so the object stays for you to look at"
-        api.apply(_body(api.namespace, api.name, labels["app.kubernetes.io/name"], version, previous))
+        former = bare(api.namespace, api.name, labels["app.kubernetes.io/name"], version, previous)
+        former["spec"]["predictor"] |= _own_name(wanted["spec"]["predictor"])
+        api.apply(former)
     except DeployError as error:
         return f"Going back to {previous or 'no model'} failed too: {error.problem}"
     return f"{previous} was put back"

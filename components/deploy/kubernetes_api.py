@@ -1,4 +1,4 @@
-"""A small door to the Kubernetes API for one InferenceService: get it, apply it, and say clearly what went wrong."""
+"""A small door to the Kubernetes API for one InferenceService and what stands around it; it says clearly what went wrong."""
 
 from __future__ import annotations
 
@@ -7,10 +7,25 @@ from typing import Any
 
 from haechi.components.shared.errors import DeployError
 
-__all__ = ["MANAGER", "InferenceServiceApi"]
+__all__ = ["MANAGER", "Away", "Conflict", "Forbidden", "InferenceServiceApi"]
 
 MANAGER = "haechi-deploy"  # owns the fields that we apply, and no others
 _TIMEOUT = (5, 30)  # seconds to connect, and to wait for an answer
+_APPLY = "application/apply-patch+yaml"  # JSON is YAML; this type is what means "apply"
+# What a message of "there is no such object" begins with; other 404s mean that the kind itself is not there.
+_OBJECTS = ("inferenceservices.", "deployments.", "leases.", "configmaps ", "httproutes.")
+
+
+class Away(DeployError):
+    """The API server cannot be reached or answers 5xx: worth another try."""
+
+
+class Forbidden(DeployError):
+    """The account lacks a right."""
+
+
+class Conflict(DeployError):
+    """Somebody else manages a field, or changed the object since it was read."""
 
 
 class InferenceServiceApi:
@@ -26,28 +41,83 @@ class InferenceServiceApi:
             refuses us, or lacks the namespace or KServe.
     """
 
-    def __init__(self, namespace: str, name: str) -> None:
+    def __init__(self, namespace: str, name: str, client: Any = None) -> None:
         self.namespace, self.name = namespace, name
-        self._client = _connect()
+        self._client = client or _connect()
         self.server: str = self._client.configuration.host
         self._path = f"/apis/serving.kserve.io/v1beta1/namespaces/{namespace}/inferenceservices/{name}"
+
+    def beside(self, name: str) -> InferenceServiceApi:
+        """Another InferenceService of the same namespace, over the same connection."""
+        return InferenceServiceApi(self.namespace, name, self._client)
 
     def get(self) -> dict[str, Any] | None:
         """The object as it is now, or None where it does not exist."""
         return self._request("GET", absent=True)
 
-    def apply(self, manifest: dict[str, Any]) -> dict[str, Any]:
+    def apply(self, manifest: dict[str, Any], dry_run: bool = False) -> dict[str, Any]:
         """Server-side apply as MANAGER, without force: another owner's field is not taken silently.
+
+        Args:
+            manifest: all that we want to own of the object; what we owned and leave out now is removed.
+            dry_run: let schema, webhooks, rights and owners speak, and change nothing.
 
         Returns:
             The object as stored.
         """
         query = [("fieldManager", MANAGER), ("fieldValidation", "Strict")]
+        query += [("dryRun", "All")] if dry_run else []
         return self._request("PATCH", manifest, query) or {}
+
+    def delete(self) -> None:
+        """Delete the object, if it is there."""
+        self._request("DELETE", absent=True)
 
     def deployment(self, name: str) -> dict[str, Any] | None:
         """A Deployment of the same namespace, or None where it does not exist."""
         return self._request("GET", absent=True, path=f"/apis/apps/v1/namespaces/{self.namespace}/deployments/{name}")
+
+    def pods(self, predictor: str) -> list[dict[str, Any]]:
+        """The pods of a predictor's Deployment, by its name."""
+        path = f"/api/v1/namespaces/{self.namespace}/pods"
+        found = self._request("GET", query=[("labelSelector", f"app=isvc.{predictor}")], path=path) or {}
+        return list(found.get("items") or [])
+
+    def route(self) -> dict[str, Any] | None:
+        """The HTTPRoute that KServe makes of it where Gateway API is on, or None."""
+        group = "/apis/gateway.networking.k8s.io/v1"
+        return self._request(
+            "GET", absent=True, path=f"{group}/namespaces/{self.namespace}/httproutes/{self.name}", optional=True
+        )
+
+    def serves_group(self, group: str) -> bool:
+        """Whether the API server knows an API group, such as `gateway.networking.k8s.io`."""
+        found = self._request("GET", path="/apis") or {}
+        return any(item.get("name") == group for item in found.get("groups") or [])
+
+    def config_map(self, namespace: str, name: str) -> dict[str, str] | None:
+        """The data of a ConfigMap, or None where it does not exist."""
+        path = f"/api/v1/namespaces/{namespace}/configmaps/{name}"
+        found = self._request("GET", absent=True, path=path, optional=True)
+        return None if found is None else dict(found.get("data") or {})
+
+    def lease(self, name: str) -> dict[str, Any] | None:
+        """A Lease of the same namespace, or None where it does not exist."""
+        return self._request("GET", absent=True, path=self._leases(name))
+
+    def write_lease(self, lease: dict[str, Any]) -> dict[str, Any]:
+        """Make a Lease, or replace the one that was read (then it has a resourceVersion).
+
+        Raises:
+            Conflict: somebody was faster.
+        """
+        known = "resourceVersion" in lease["metadata"]
+        path = self._leases(lease["metadata"]["name"] if known else "")
+        kind = "application/json"
+        return self._request("PUT" if known else "POST", lease, path=path.rstrip("/"), content_type=kind) or {}
+
+    def _leases(self, name: str) -> str:
+        return f"/apis/coordination.k8s.io/v1/namespaces/{self.namespace}/leases/{name}"
 
     def _request(
         self,
@@ -56,13 +126,15 @@ class InferenceServiceApi:
         query: list[tuple[str, str]] | None = None,
         absent: bool = False,
         path: str = "",
+        optional: bool = False,
+        content_type: str = _APPLY,
     ) -> dict[str, Any] | None:
         import urllib3
         from kubernetes.client.exceptions import ApiException
 
         headers = {"Accept": "application/json"}
         if body is not None:
-            headers["Content-Type"] = "application/apply-patch+yaml"  # JSON is YAML; this type is what means "apply"
+            headers["Content-Type"] = content_type
         try:
             found: dict[str, Any] = self._client.call_api(
                 path or self._path,
@@ -77,11 +149,11 @@ class InferenceServiceApi:
             )
             return found
         except ApiException as error:
-            if absent and error.status == 404 and _message(error).startswith(("inferenceservices.", "deployments.")):
+            if absent and error.status == 404 and (optional or _message(error).startswith(_OBJECTS)):
                 return None
             raise self._explain(verb, error) from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise DeployError(
+            raise Away(
                 f"cannot reach the Kubernetes API server at {self.server}: {error}",
                 "Check the kubeconfig's server, or the network policy of this pod.",
             ) from error
@@ -93,11 +165,10 @@ class InferenceServiceApi:
                 f"{self.server} does not accept our credentials: {message}", "Renew the token or kubeconfig."
             )
         if error.status == 403 and " cannot " in message:  # else admission, or a quota: below
-            return DeployError(
+            return Forbidden(
                 f"we may not {verb.lower()} {where}: {message}",
-                "Give the step's service account (pipeline-runner) get, create and patch on "
-                f"inferenceservices.serving.kserve.io and get on deployments.apps in namespace {self.namespace} "
-                f"(Role haechi-deploy), and see that namespace {self.namespace} exists.",
+                "Give the step's service account (pipeline-runner) the Role haechi-deploy of manifests/base/serving in "
+                f"namespace {self.namespace}, and see that namespace {self.namespace} exists.",
             )
         if error.status == 404 and message.startswith("namespaces "):
             return DeployError(f"namespace {self.namespace!r} does not exist at {self.server}", "Create it first.")
@@ -107,13 +178,13 @@ class InferenceServiceApi:
                 "Install KServe in that cluster, or use another deploy target.",
             )
         if error.status == 409:
-            return DeployError(
+            return Conflict(
                 f"{where} has fields that someone else manages: {message}",
                 f"Remove those fields from the other manager's manifest, so that {MANAGER} may set them.",
             )
         if error.status in (400, 403, 422):
             return DeployError(f"the cluster refused {where}: {message}", "Mend what the message names.")
-        return DeployError(f"{self.server} answered {error.status} for {where}: {message}", "Try again later.")
+        return Away(f"{self.server} answered {error.status} for {where}: {message}", "Try again later.")
 
 
 def _connect() -> Any:

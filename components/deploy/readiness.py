@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Look", "latest_revision", "look", "storage_uri"]
+__all__ = ["Look", "latest_revision", "look", "look_at_canary", "predictor_name", "storage_uri"]
 
 _SOURCE = "internal.serving.kserve.io/storage-initializer-sourceuri"  # KServe's note on the pods of what they load
 _UNSEEN = "KServe's controller has not looked at it yet"
@@ -47,7 +47,8 @@ def look(found: dict[str, Any], stale: str, deployment: Callable[[str], dict[str
     if not mode:
         return Look(reason=_UNSEEN)
     if mode in ("Standard", "RawDeployment"):
-        waits = _waits_for_pods(deployment(_predictor_name(found)), storage_uri(found))
+        own = str(found["spec"]["predictor"].get("name") or "")
+        waits = _waits_for_pods(deployment(predictor_name(found["metadata"]["name"], own)), storage_uri(found))
     else:
         waits = _waits_for_revision(status, stale)
     if waits == _UNSEEN:
@@ -56,6 +57,61 @@ def look(found: dict[str, Any], stale: str, deployment: Callable[[str], dict[str
     ready = not waits and _condition(status, "Ready").get("status") == "True" and transition in ("", "UpToDate")
     gave_up = _condition(status, "PredictorReady").get("reason") == "ProgressDeadlineExceeded"
     return Look(ready, transition in _BLOCKED or gave_up, "; ".join(filter(None, [waits, *_complaints(status)])))
+
+
+def look_at_canary(
+    deployment: dict[str, Any] | None, pods: list[dict[str, Any]], uri: str, status: dict[str, Any], name: str
+) -> Look:
+    """Look at a canary of mode Standard, of which KServe says no more than `ready`.
+
+    Args:
+        deployment, pods: its own.
+        uri: the storageUri that it must serve.
+        status: of the InferenceService.
+        name: the canary's `predictor.name`.
+    """
+    waits = _waits_for_pods(deployment, uri)
+    told: dict[str, Any] = next((item for item in status.get("canaryStatuses") or [] if item.get("name") == name), {})
+    trouble, stuck = _trouble(pods)
+    late = any(
+        item.get("type") == "Progressing" and item.get("reason") == "ProgressDeadlineExceeded"
+        for item in ((deployment or {}).get("status") or {}).get("conditions") or []
+    )
+    reason = "; ".join(
+        filter(None, [waits or "" if told.get("ready") else waits or "KServe does not call it ready", trouble])
+    )
+    return Look(not waits and bool(told.get("ready")), stuck or late, reason)
+
+
+def _trouble(pods: list[dict[str, Any]]) -> tuple[str, bool]:
+    """What the containers of pods that are not ready say, and whether one of them has failed already."""
+    said: list[str] = []
+    failed = False
+    for pod in pods:
+        status = pod.get("status") or {}
+        for item in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+            waiting, last = (
+                item.get("state", {}).get("waiting") or {},
+                item.get("lastState", {}).get("terminated") or {},
+            )
+            ended = item.get("state", {}).get("terminated") or last
+            if waiting.get("reason", "") not in ("", "PodInitializing", "ContainerCreating") or ended.get("exitCode"):
+                words = (ended.get("message") or waiting.get("message") or "").strip()[-500:]
+                said.append(
+                    f"{item.get('name')}: {waiting.get('reason') or ended.get('reason') or 'ended'} {words}".strip()
+                )
+                failed = True
+        said += [
+            str(item["message"])
+            for item in status.get("conditions") or []
+            if item.get("type") == "PodScheduled" and item.get("status") == "False" and item.get("message")
+        ]
+    return "; ".join(dict.fromkeys(said)), failed
+
+
+def predictor_name(service: str, own: str = "") -> str:
+    """The name of a predictor's Deployment and Service; `own` is its `name` in the spec, if it has one."""
+    return "-".join(part for part in (service, own, "predictor") if part)
 
 
 def storage_uri(found: dict[str, Any] | None) -> str:
@@ -67,11 +123,6 @@ def storage_uri(found: dict[str, Any] | None) -> str:
 def latest_revision(found: dict[str, Any] | None) -> str:
     """The newest Knative revision of its predictor, or empty."""
     return str(_predictor_status((found or {}).get("status") or {}).get("latestCreatedRevision") or "")
-
-
-def _predictor_name(found: dict[str, Any]) -> str:
-    own = found["spec"]["predictor"].get("name", "")
-    return "-".join(part for part in (found["metadata"]["name"], own, "predictor") if part)
 
 
 def _waits_for_pods(deployment: dict[str, Any] | None, uri: str) -> str:

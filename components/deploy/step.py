@@ -6,8 +6,11 @@ The order is what makes that true: the model folder is stored first (its marker 
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from haechi.components.shared.errors import InputError
 from haechi.components.shared.files import write_json
@@ -17,11 +20,11 @@ from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
 from haechi.components.shared.tracking import Tracker
 
-from .directory import place
-from .inference_service import Patience, manifest, roll_out
-from .kubernetes_api import InferenceServiceApi
-from .publish import model_prefix, publish
+from .inference_service import Patience
+from .publish import publish
 from .registry import check_champion, record
+from .rollout import Rollout
+from .switch import held
 from .target import Target
 from .verdict import Verdict, check_about, check_allows
 
@@ -58,6 +61,7 @@ def deploy(
     run_id: str,
     out: Path,
     settings: Settings,
+    rollout: Mapping[str, Any] | None = None,
     patience: Patience | None = None,
 ) -> DeployResult:
     """Store the model, register it, switch the target, and make it the champion, in that order.
@@ -72,17 +76,18 @@ def deploy(
         run_id: the pipeline run's id, or empty.
         out: folder for `deployed.json`.
         settings: the object store and MLflow.
+        rollout: steps and limits of a rollout on KServe, where they differ from `Rollout`'s defaults.
         patience: how long to wait for an InferenceService.
 
     Raises:
-        DeployRefused: the verdict is not `promote`, is about another model, parity is not proven, or the champion
-            changed since `champion` was pinned.
+        DeployRefused: the verdict is not `promote`, is about another model, parity is not proven, the champion
+            changed since `champion` was pinned, another deploy is under way, or the cluster has no such rollout.
         InputError: the target, the verdict or the name cannot be used.
         ModelError, IntegrityError: the model folder is unusable, or another one stands at its place.
         DeployError: Kubernetes refused, or the service did not become ready; the previous model was put back.
         StorageError, TrackingError: a service cannot be reached or refuses us.
     """
-    place_to = Target.parse(target)
+    place_to, how = Target.parse(target), Rollout.parse(rollout or {})
     model, judged = _load(onnx_model), Verdict.load(verdict)
     check_about(judged, model, name)
     check_allows(judged, champion, onnx_model)
@@ -91,10 +96,12 @@ def deploy(
     check_champion(tracker, name, champion, model.version)
     uri = publish(store, model, onnx_model, report)
     registered = record(tracker, model, judged, uri, run_id, report.read_text(encoding="utf-8"))
-    # Copying took a while: look again just before traffic moves.
-    check_champion(tracker, name, champion, model.version)
-    _switch(place_to, store, model, patience or Patience())
-    tracker.set_alias(name, "champion", registered.number)
+    owner = f"run {run_id}" if run_id else f"deploy {uuid.uuid4().hex[:12]}"
+    with held(place_to, store, owner, how, patience or Patience()) as switch:
+        # Copying took a while: look again just before traffic moves.
+        check_champion(tracker, name, champion, model.version)
+        switch(model, onnx_model)
+        tracker.set_alias(name, "champion", registered.number)
     result = DeployResult(name, model.version, uri, target, registered.number, champion)
     write_json(out / "deployed.json", asdict(result))
     say(f"{name} {model.version} is the champion (MLflow's version {registered.number}), target {target or 'none'}")
@@ -138,13 +145,3 @@ def refuse(onnx_model: Path, verdict: Path, name: str, run_id: str, settings: Se
 def _load(folder: Path) -> ModelFolder:
     """The folder's description, after the digests of both graph and checkpoint were checked."""
     return ModelFolder.load(fetch_model(None, str(folder), cache=folder), verify=False)
-
-
-def _switch(target: Target, store: Store, model: ModelFolder, patience: Patience) -> None:
-    prefix = model_prefix(model.name, model.version)
-    if target.kind == "dir":
-        place(Path(target.path), store, prefix, model)
-    elif target.kind == "kserve":
-        api = InferenceServiceApi(target.namespace, target.name)
-        wanted = manifest(target.namespace, target.name, model, store.uri(prefix).rstrip("/"))
-        roll_out(api, wanted, patience)

@@ -14,7 +14,9 @@ from urllib.parse import urlsplit
 
 from .errors import SettingsError
 
-__all__ = ["Settings"]
+__all__ = ["GIT_CREDENTIALS", "Settings"]
+
+GIT_CREDENTIALS = "/etc/haechi/git"  # where the pipeline mounts its Secret
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Settings:
         workers: concurrent transfers and decodes, at least 1.
         threads: compute threads for torch and onnxruntime; 0 lets them choose.
         roboflow_api_key: key for imports from Roboflow; empty where none are made. Never printed.
+        git_credentials: folder with `username` and `password`, or `ssh-privatekey` and `known_hosts`, for the target
+            `git:`; it need not exist.
     """
 
     s3_endpoint: str = ""
@@ -43,6 +47,7 @@ class Settings:
     workers: int = 8
     threads: int = 0
     roboflow_api_key: str = field(default="", repr=False)
+    git_credentials: str = GIT_CREDENTIALS
 
     def __post_init__(self) -> None:
         if self.s3_endpoint:
@@ -72,6 +77,7 @@ class Settings:
             workers=_integer(env, "HAECHI_WORKERS", 8),
             threads=_integer(env, "HAECHI_THREADS", 0),
             roboflow_api_key=env.get("ROBOFLOW_API_KEY", ""),
+            git_credentials=env.get("HAECHI_GIT_CREDENTIALS") or GIT_CREDENTIALS,
         )
 
     def to_env(self) -> dict[str, str]:
@@ -87,6 +93,7 @@ class Settings:
             "HAECHI_WORKERS": str(self.workers),
             "HAECHI_THREADS": str(self.threads),
             "ROBOFLOW_API_KEY": self.roboflow_api_key,
+            "HAECHI_GIT_CREDENTIALS": self.git_credentials,
         }
 
     @property

@@ -103,7 +103,9 @@ class World:
     def report(self) -> Path:
         return self.root / "report"  # kfp's path of an HTML artifact has no suffix
 
-    def deploy(self, champion: str = "", target: str = "none", patience: Patience = QUICK) -> DeployResult:
+    def deploy(
+        self, champion: str = "", target: str = "none", patience: Patience = QUICK, strategy: str = "rolling"
+    ) -> DeployResult:
         return deploy(
             onnx_model=self.folder,
             verdict=self.verdict,
@@ -114,6 +116,7 @@ class World:
             run_id="kfp-run-1",
             out=self.root / "deployed",
             settings=self.settings,
+            rollout={"strategy": strategy},
             patience=patience,
         )
 
@@ -626,8 +629,9 @@ def test_killed_while_it_waits_it_can_still_roll_back(world: World, cluster: Clu
         world.deploy(first.version, SERVICE)
 
     acts = in_a_process_of_its_own(again, kill_at=-1)
-    # The last act of the failing deploy is the apply that puts the first model back: die just before it.
-    assert in_a_process_of_its_own(again, kill_at=acts) == acts
+    # The last acts of the failing deploy: the first model is put back, the failure is noted, the lease given back. Die
+    # just before the first of them.
+    assert in_a_process_of_its_own(again, kill_at=acts - 2) == acts - 2
     assert cluster.objects[KEY]["spec"]["predictor"]["model"]["storageUri"] == bad
     with pytest.raises(DeployError, match=f"{uri_of(world, first.version)} was put back"):
         world.deploy(first.version, SERVICE)
@@ -726,7 +730,7 @@ def test_the_components_have_the_pipelines_contract() -> None:
     from haechi.components.deploy import component
 
     spec = component.deploy.component_spec
-    assert sorted(spec.inputs) == ["champion", "name", "onnx_model", "report", "run_id", "target", "verdict"]
+    assert sorted(spec.inputs) == ["champion", "name", "onnx_model", "report", "rollout", "run_id", "target", "verdict"]
     assert sorted(spec.outputs) == ["Output", "deployed"]
     assert sorted(component.refuse.component_spec.inputs) == ["name", "onnx_model", "run_id", "verdict"]
     assert sorted(component.refuse.component_spec.outputs) == ["Output"]

@@ -20,6 +20,7 @@ FULL = {
     "HAECHI_WORKERS": "3",
     "HAECHI_THREADS": "2",
     "ROBOFLOW_API_KEY": "rf-s3cr3t",
+    "HAECHI_GIT_CREDENTIALS": "/run/git",
 }
 
 

@@ -79,15 +79,20 @@ class KserveStandIn:
         progress_deadline: seconds after which a Deployment gives up a template.
         looks_at: the pod that `modelStatus` is about while old and new ones run: `old` or `new`.
         asleep: the controller is away (Deployments go on).
+        gateway: Gateway API is on: an HTTPRoute of the service's name splits traffic between canaries that are ready.
+        pods: a Pod is there of each template that does not get ready, and says why (else there are only Deployments).
     """
 
     def __init__(self, server: ApiServer, namespace: str, progress_deadline: float = 600.0) -> None:
         self.fates: dict[str, Fate] = {}
         self.urls: dict[str, str] = {}
         self.progress_deadline, self.looks_at, self.asleep = progress_deadline, "old", False
+        self.gateway = self.pods = False
         self._server, self._namespace = server, namespace
         self._rollouts: dict[str, _Rollout] = {}
         self._before: dict[str, str] = {}  # what the old pods serve
+        self._routes: dict[str, Any] = {}
+        self._told: set[str] = set()
         self._made: dict[str, Any] = {}  # of each service, what its Deployments were made from
         self._stop, self._failure = threading.Event(), ""
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -134,6 +139,8 @@ class KserveStandIn:
         if not self.asleep:
             for service in services:
                 self._write_status(service, f"{path}/{service['metadata']['name']}")
+                if self.gateway:
+                    self._write_route(service)
 
     # --- what KServe makes ------------------------------------------------------------------------------------------
 
@@ -176,6 +183,30 @@ class KserveStandIn:
         }
         self._server.apply(body, manager="kserve")
 
+    def _write_route(self, service: dict[str, Any]) -> None:
+        name, spec = service["metadata"]["name"], service["spec"]
+        told = {item["name"]: item["ready"] for item in (service.get("status") or {}).get("canaryStatuses", [])}
+        weights = {
+            predictor_name(name, item["predictor"]["name"]): item.get("trafficPercent", 0)
+            for item in spec.get("canary") or []
+            if told.get(item["predictor"]["name"])
+        }
+        stable = predictor_name(name, spec["predictor"].get("name", ""))
+        weights = {stable: 100 - sum(weights.values()), **weights}
+        backends = [{"name": backend, "port": 80, "weight": weight} for backend, weight in weights.items()]
+        if self._routes.get(name) == backends:
+            return
+        self._server.apply(
+            {
+                "apiVersion": "gateway.networking.k8s.io/v1",
+                "kind": "HTTPRoute",
+                "metadata": {"name": name, "namespace": self._namespace},
+                "spec": {"hostnames": [f"{name}.example.com"], "rules": [{"backendRefs": backends}]},
+            },
+            manager="kserve",
+        )
+        self._routes[name] = backends
+
     # --- what Kubernetes does with a Deployment ---------------------------------------------------------------------
 
     def _roll(self, deployment: dict[str, Any]) -> None:
@@ -188,6 +219,8 @@ class KserveStandIn:
             had_pods = bool((deployment.get("status") or {}).get("availableReplicas"))
             rollout = self._rollouts[name] = _Rollout(uri, time.monotonic(), had_pods)
         state = self._state(rollout)
+        if self.pods and state == "failing":
+            self._write_pod(name, uri)
         rollout.done = rollout.done or state in ("ready", "crashing")
         status = _deployment_status(spec["replicas"], state, rollout, self.progress_deadline)
         status["observedGeneration"] = meta["generation"]
@@ -196,6 +229,36 @@ class KserveStandIn:
                 "PUT", f"{self._deployments()}/{name}/status", {**deployment, "status": status}
             )
             assert found.status in (200, 404, 409), found.message
+
+    def _write_pod(self, deployment: str, uri: str) -> None:
+        """A pod whose storage initializer fails again and again."""
+        name = f"{deployment}-{abs(hash(uri)) % 10**8:08d}"
+        if name in self._told:
+            return
+        self._told.add(name)
+        path = f"/api/v1/namespaces/{self._namespace}/pods"
+        container = {"name": "kserve-container", "image": "registry.invalid/serving:1"}
+        init = {**container, "name": "storage-initializer"}
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name, "labels": {"app": f"isvc.{deployment}"}},
+            "spec": {"containers": [container], "initContainers": [init]},
+        }
+        answer = self._server.request("POST", path, pod)
+        assert answer.status == 201, answer.message
+        last = {"exitCode": 1, "reason": "Error", "message": self.fates[uri].load_error}
+        status = {
+            "name": "storage-initializer",
+            "ready": False,
+            "restartCount": 3,
+            "image": "registry.invalid/serving:1",
+            "imageID": "",
+            "state": {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 40s restarting"}},
+            "lastState": {"terminated": last},
+        }
+        body = {**answer.body, "status": {"phase": "Pending", "initContainerStatuses": [status]}}
+        assert self._server.request("PUT", f"{path}/{name}/status", body).status == 200
 
     def _state(self, rollout: _Rollout) -> str:
         return self.fates.get(rollout.uri, Fate()).state(time.monotonic() - rollout.since)

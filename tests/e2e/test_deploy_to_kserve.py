@@ -161,6 +161,7 @@ class Step:
             run_id="run-1",
             out=self.root / "deployed",
             settings=self.settings,
+            rollout={"strategy": "rolling"},
             patience=patience,
         )
 

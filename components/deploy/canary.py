@@ -1,0 +1,178 @@
+"""A canary: the new model beside the old one, asked for its golden boxes, then given traffic step by step, then promoted.
+
+Every step is one apply that also writes how far we are (rollout_state.py), so that a killed step is gone on with or
+cleaned up by the next one. Whatever fails, traffic is with the former model when the error is raised.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any, Protocol
+
+from haechi.components.shared.errors import DeployError
+from haechi.components.shared.model_folder import read_golden
+from haechi.components.shared.progress import say
+
+from .endpoint import Unanswered, check_golden_at, disagreement
+from .inference_service import TakenOver, wait
+from .job import Job
+from .lease import LeaseLost
+from .readiness import Look
+from .rollout_state import RolloutState, now
+from .traffic import Pods, Prometheus, Source, judge
+
+__all__ = ["Way", "walk"]
+
+_MOST_IMAGES = 8
+
+
+class Way(Protocol):
+    """How one mode of KServe has a canary. Bodies are complete: what they leave out is removed.
+
+    Attributes:
+        strategy: its name in the state.
+        services: the canary's and the stable predictor's Service.
+        pods: the names of their Deployments, for Prometheus.
+        steps: percents that this mode can give.
+    """
+
+    strategy: str
+    services: tuple[str, str]
+    pods: tuple[str, str]
+    steps: tuple[int, ...]
+
+    def at(self, traffic: int) -> dict[str, Any]:
+        """The service with the canary at a share of traffic."""
+
+    def look(self, found: dict[str, Any]) -> Look | None:
+        """Whether the canary is ready; None where it is no longer there."""
+
+    def routed(self, found: dict[str, Any], traffic: int) -> Look | None:
+        """Whether the traffic is split as the spec says."""
+
+    def promoted(self) -> dict[str, Any]:
+        """The service with the new model alone."""
+
+    def serves(self, found: dict[str, Any]) -> Look | None:
+        """Whether the new model serves, alone; None where something else is named."""
+
+    def withdraw(self, state: RolloutState) -> None:
+        """Give all traffic to the former model, and write the state, whatever was done before."""
+
+
+def walk(job: Job, way: Way, state: RolloutState) -> None:
+    """Bring the model into service.
+
+    Args:
+        job: the model and the service.
+        way: of the mode.
+        state: of phase `canary`; its traffic is what a killed step had come to, or 0.
+
+    Raises:
+        LeaseLost, TakenOver: somebody else is at it now; the service is theirs.
+        DeployError: why not; the former model has all traffic again.
+    """
+    try:
+        _prove(job, way, state)
+        for traffic in way.steps:
+            if traffic >= state.traffic:
+                _give(job, way, state, traffic)
+        _promote(job, way, state)
+    except (LeaseLost, TakenOver):
+        raise
+    except DeployError as error:
+        raise DeployError(f"{error.problem}. {_back(job, way, state, error.problem)}", error.remedy) from error
+
+
+def _prove(job: Job, way: Way, state: RolloutState) -> None:
+    """The canary without traffic: ready, and its own address gives the golden boxes."""
+    # Gone on with, the canary keeps its share meanwhile: it was proven before it got any.
+    job.apply(way.at(state.traffic), replace(state, owner=job.lease.holder, since=now()))
+    say(
+        f"{job.api.namespace}/{job.api.name}: canary {job.model.version} is applied, with {state.traffic} % of the traffic"
+    )
+    wait(job.api, job.patience, way.look, f"canary {job.model.version}", job.lease.renew)
+    found = check_golden_at(job.endpoint(way.services[0]), job.folder, job.model.version)
+    say(f"the canary gives the golden boxes: {found.boxes} on {found.images} images")
+
+
+def _give(job: Job, way: Way, state: RolloutState, traffic: int) -> None:
+    """Give the canary a share of traffic, and watch."""
+    job.apply(way.at(traffic), replace(state, traffic=traffic, since=now()))
+    say(f"the canary gets {traffic} % of the traffic for {job.rollout.bake:.0f} s")
+    wait(job.api, job.patience, lambda found: way.routed(found, traffic), f"{traffic} % of traffic", job.lease.renew)
+    reason = _bake(job, way)
+    if reason:
+        raise DeployError(f"at {traffic} % of traffic: {reason}", "Look at the canary's log and metrics of that time.")
+
+
+def _bake(job: Job, way: Way) -> str:
+    """Watch canary and stable for a while; why the canary is worse, or empty."""
+    begun = time.monotonic()
+    canary, stable = (job.endpoint(service) for service in way.services)
+    sources = [_source(job, pods, service, begun) for pods, service in zip(way.pods, way.services, strict=True)]
+    images = read_golden(job.folder)[:_MOST_IMAGES]
+    pairs, place, broken_since = [], 0, 0.0
+    while True:
+        job.lease.renew()
+        image = images[place % len(images)]
+        place += 1
+        found, version = canary.detect(image)
+        if version != job.model.version:
+            return f"the canary's address answered as model {version}, not {job.model.version}"
+        try:
+            pairs.append((stable.detect(image)[0], found))
+        except Unanswered as error:
+            say(f"the stable model does not answer, so it is not compared: {error.problem}")
+        for source in sources:
+            source.look()
+        look = _still_there(job, way)
+        broken_since = 0.0 if look.ready else broken_since or time.monotonic()
+        if broken_since and time.monotonic() - broken_since >= job.patience.blocked:
+            return f"the canary is no longer ready: {look.reason}"
+        if time.monotonic() - begun >= job.rollout.bake and place >= len(images):
+            break
+        time.sleep(job.rollout.poll)
+    ours, theirs, differ = sources[0].total(), sources[1].total(), disagreement(pairs)
+    say(
+        f"canary: {ours.requests:.0f} requests, {ours.failing:.1%} failed; stable: {theirs.requests:.0f}, {theirs.failing:.1%}; "
+        f"{differ:.1%} of their boxes differ"
+    )
+    return judge(ours, theirs, differ, job.rollout)
+
+
+def _still_there(job: Job, way: Way) -> Look:
+    found = job.persist(job.api.get)
+    look = way.look(found) if found else None
+    if look is None:
+        raise TakenOver(
+            f"the canary of {job.api.namespace}/{job.api.name} was changed or removed by somebody else",
+            "Look at the service with `haechi status`, then run deploy again.",
+        )
+    return look
+
+
+def _source(job: Job, pods: str, service: str, begun: float) -> Source:
+    if job.rollout.prometheus:
+        seconds = lambda: time.monotonic() - begun  # noqa: E731
+        return Prometheus(job.rollout.prometheus, job.api.namespace, pods, seconds)
+    return Pods(job.endpoint(service).metrics)
+
+
+def _promote(job: Job, way: Way, state: RolloutState) -> None:
+    job.apply(way.promoted(), replace(state, phase="promoting", traffic=100, since=now()))
+    say(f"{job.model.version} is promoted; waiting until it alone serves")
+    wait(job.api, job.patience, way.serves, f"model {job.model.version}", job.lease.renew)
+    job.apply(way.promoted(), replace(state, phase="done", traffic=100, since=now()))
+
+
+def _back(job: Job, way: Way, state: RolloutState, reason: str) -> str:
+    """Withdraw; a sentence that tells what was done."""
+    try:
+        way.withdraw(replace(state, phase="failed", traffic=0, since=now(), reason=reason))
+    except (LeaseLost, TakenOver) as error:
+        return f"It was not withdrawn: {error.problem}"
+    except DeployError as error:
+        return f"Withdrawing it failed too: {error.problem}; the next run does that first"
+    return f"{state.former} has all traffic again"

@@ -1,0 +1,114 @@
+"""The canary of mode Standard: `spec.canary[]` of KServe 0.20 and later, whose traffic Gateway API splits.
+
+The canary `v-<version>` is a Deployment and a Service of its own. Promoting makes it the stable predictor by its name:
+its pods go on serving, and the former Deployment goes. Users reach the service through its HTTPRoute, which keeps its
+name; the stable predictor's Service does not.
+"""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from typing import Any
+
+from haechi.components.shared.progress import say
+
+from .inference_service import MODE, PREVIOUS, TakenOver, ours
+from .job import Job
+from .kubernetes_api import Forbidden
+from .readiness import Look, look, look_at_canary, predictor_name, storage_uri
+from .rollout_state import RolloutState
+
+__all__ = ["LONGEST_NAME", "StandardCanary"]
+
+# <name>-v-<12 hex>-predictor is a Service's name, which has 63 characters.
+LONGEST_NAME = 63 - len("-v-0123456789ab-predictor")
+
+
+class StandardCanary:
+    """One canary of one service.
+
+    Args:
+        job: the model and the service.
+        found: the service as it is.
+        state: names the model that comes (the job's, or one that was left on its way) and the one that goes.
+    """
+
+    strategy = "canary"
+
+    def __init__(self, job: Job, found: dict[str, Any], state: RolloutState) -> None:
+        self._job, self._found, self._state = job, found, state
+        self._name = f"v-{state.version}"
+        self.services = (predictor_name(job.api.name, self._name), predictor_name(job.api.name, state.former_name))
+        self.pods = self.services
+        self.steps = job.rollout.steps
+
+    def at(self, traffic: int) -> dict[str, Any]:
+        """The stable predictor as it is, and ours beside it."""
+        body = ours(self._found)
+        body["metadata"]["annotations"][MODE] = "Standard"
+        stable = int(self._found["spec"]["predictor"].get("minReplicas") or 1)
+        served = deepcopy(self._job.wanted()["spec"]["predictor"]["model"])
+        # The schema wants the container's name here; an empty one is what KServe fills in.
+        canary = {"name": self._name, "model": served | {"name": ""}}
+        # Without a number of its own a canary has no pod at 0 %, and is never ready.
+        canary["minReplicas"] = min(stable, max(1, math.ceil(stable * traffic / 100)))
+        body["spec"]["canary"] = [{"trafficPercent": traffic, "predictor": canary}]
+        return body
+
+    def look(self, found: dict[str, Any]) -> Look | None:
+        """Its pods, its Deployment and KServe's word."""
+        entries = found["spec"].get("canary") or []
+        if not any(storage_uri({"spec": entry}) == self._state.uri for entry in entries):
+            return None
+        api, deployment = self._job.api, self.services[0]
+        try:
+            pods = api.pods(deployment)
+        except Forbidden:
+            pods = []  # then a failure's reason stays unknown
+        return look_at_canary(api.deployment(deployment), pods, self._state.uri, found.get("status") or {}, self._name)
+
+    def routed(self, found: dict[str, Any], traffic: int) -> Look | None:
+        """Whether the HTTPRoute has the weight."""
+        seen = self.look(found)
+        if seen is None or not seen.ready:
+            return seen
+        try:
+            route = self._job.api.route()
+        except Forbidden as error:
+            say(f"whether traffic follows the canary cannot be seen: {error.problem}")
+            return seen
+        weights = [
+            backend.get("weight")
+            for rule in ((route or {}).get("spec") or {}).get("rules") or []
+            for backend in rule.get("backendRefs") or []
+            if backend.get("name") == self.services[0]
+        ]
+        if weights and all(weight == traffic for weight in weights):
+            return seen
+        return Look(reason=f"HTTPRoute {self._job.api.name} gives it {weights or 'nothing'}, not {traffic} %")
+
+    def promoted(self) -> dict[str, Any]:
+        """Our predictor by its name, and no canary."""
+        body = self._job.wanted()
+        body["metadata"]["annotations"] |= {MODE: "Standard", PREVIOUS: self._state.former}
+        body["spec"]["predictor"]["name"] = self._name
+        return body
+
+    def serves(self, found: dict[str, Any]) -> Look | None:
+        """As every rollout of this mode."""
+        if storage_uri(found) != self._state.uri or found["spec"].get("canary"):
+            return None
+        return look(found, "", self._job.api.deployment)
+
+    def withdraw(self, state: RolloutState) -> None:
+        """Without the canary; after a promotion, the former model by its former name."""
+        job = self._job
+        found = job.persist(job.api.get)
+        named = storage_uri(found)
+        if found is None or named not in (state.former, self._state.uri):
+            raise TakenOver(f"the service names {named or 'no model'} now", "Look at it with `haechi status`.")
+        if named == state.former:
+            job.apply(ours(found), state)
+        else:
+            job.restore(found, state.former_name, state)

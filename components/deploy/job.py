@@ -1,0 +1,99 @@
+"""One model on its way into one InferenceService: what every strategy needs to know."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from haechi.components.shared.model_folder import ModelFolder
+
+from .endpoint import Endpoint
+from .inference_service import MODE, TAG_ROUTING, Patience, bare, manifest, wait
+from .kubernetes_api import Away, InferenceServiceApi
+from .lease import Lease
+from .readiness import look, storage_uri
+from .rollout import Rollout
+from .rollout_state import RolloutState, now
+
+__all__ = ["Job"]
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, where it goes, and how.
+
+    Attributes:
+        api: the service.
+        lease: held as long as the job lasts.
+        model, folder: the model folder, whose golden images are asked for.
+        uri: its `storageUri`.
+        rollout, patience: the settings.
+    """
+
+    api: InferenceServiceApi
+    lease: Lease
+    model: ModelFolder
+    folder: Path
+    uri: str
+    rollout: Rollout
+    patience: Patience
+
+    def state(self, phase: str, strategy: str, **more: Any) -> RolloutState:
+        """The rollout of this job in a phase that begins now."""
+        return RolloutState(phase, strategy, self.model.version, self.uri, owner=self.lease.holder, since=now(), **more)
+
+    def wanted(self) -> dict[str, Any]:
+        """The service with this model and nothing else."""
+        return manifest(self.api.namespace, self.api.name, self.model, self.uri)
+
+    def apply(self, body: dict[str, Any], state: RolloutState) -> None:
+        """Apply our part of the service together with how far we are; an API server that is away is tried again."""
+        self.lease.renew()
+        notes = {**body["metadata"].get("annotations", {}), **state.to_annotation()}
+        self.persist(lambda: self.api.apply({**body, "metadata": {**body["metadata"], "annotations": notes}}))
+
+    def persist(self, work: Callable[[], _Result]) -> _Result:
+        """Call the API; for as long as a quarter of the patience lasts, try again where it is away."""
+        end = time.monotonic() + self.patience.timeout / 4
+        while True:
+            try:
+                return work()
+            except Away:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(self.patience.poll)
+            self.lease.renew()
+
+    def restore(self, found: dict[str, Any], name: str, failed: RolloutState) -> None:
+        """Put the former model back and wait until it serves.
+
+        Args:
+            found: the service as it is.
+            name: the former predictor's own name, or empty.
+            failed: the state to end in; it names the former model and the reason.
+        """
+        former, meta = failed.former, found["metadata"]
+        version = former.rstrip("/").rsplit("/", 1)[-1]
+        body = bare(self.api.namespace, self.api.name, meta["labels"]["app.kubernetes.io/name"], version, former)
+        notes = meta.get("annotations") or {}
+        body["metadata"]["annotations"] = {key: notes[key] for key in (MODE, TAG_ROUTING) if key in notes}
+        body["spec"]["predictor"] |= {"name": name} if name else {}
+        self.apply(body, replace(failed, phase="back", since=now()))
+        wait(
+            self.api,
+            self.patience,
+            lambda seen: look(seen, "", self.api.deployment) if storage_uri(seen) == former else None,
+            former,
+            self.lease.renew,
+        )
+        self.apply(body, failed)
+
+    def endpoint(self, service: str, model: str = "") -> Endpoint:
+        """A predictor's Service; it serves under the InferenceService's name."""
+        settle = min(30.0, self.patience.timeout / 10)
+        return Endpoint(self.rollout.url(self.api.namespace, service), model or self.api.name, settle)

@@ -1,0 +1,139 @@
+"""One owner at a time: a Lease says who may change an InferenceService, and expires where its holder was killed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Self
+
+from haechi.components.shared.errors import DeployError, DeployRefused
+from haechi.components.shared.progress import say
+
+from .kubernetes_api import Away, Conflict, InferenceServiceApi
+
+__all__ = ["Busy", "Lease", "LeaseLost", "holder_of"]
+
+_STAMP = "%Y-%m-%dT%H:%M:%S.%fZ"
+
+
+class Busy(DeployRefused):
+    """Another deploy holds the service."""
+
+
+class LeaseLost(DeployError):
+    """Another deploy took the service over: whatever it does now, we must not touch it."""
+
+
+class Lease:
+    """The right to change one InferenceService, as the object Lease `haechi-<name>` of its namespace.
+
+    Nodes' clocks must agree to within a third of `seconds`.
+
+    Args:
+        api: the service.
+        holder: who we are, for others to read. The same holder that comes again (a step that was killed and is
+            repeated under its run's id) takes its own lease at once.
+        seconds: how long it stays valid without being renewed.
+
+    Raises:
+        Busy: on entering, somebody else holds it.
+    """
+
+    def __init__(self, api: InferenceServiceApi, holder: str, seconds: float = 60.0) -> None:
+        self._api, self.holder, self._seconds = api, holder, seconds
+        self._name = f"haechi-{api.name}"
+        self._lease: dict[str, Any] = {}
+        self._renewed = 0.0
+
+    def __enter__(self) -> Self:
+        for _ in range(3):
+            found = self._api.lease(self._name)
+            other = holder_of(found)
+            if found and other and other != self.holder:
+                raise Busy(
+                    f"{other} is deploying to {self._api.namespace}/{self._api.name} since {_text(found, 'acquireTime')}",
+                    f"Run again when that has ended; a lease of a killed one expires after {self._seconds:.0f} s.",
+                )
+            lease = found or self._fresh()
+            lease["spec"] = {**(lease.get("spec") or {}), "acquireTime": _now(), **self._spec()}
+            try:
+                self._lease = self._api.write_lease(lease)
+            except Conflict:
+                continue  # somebody was faster: see who
+            self._renewed = time.monotonic()
+            return self
+        raise Busy(f"others take the lease {self._name} of namespace {self._api.namespace} all the time", "Run again.")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lease["spec"] = {**self._lease["spec"], "renewTime": _now(), "leaseDurationSeconds": 1}
+        self._lease["spec"].pop("holderIdentity", None)
+        try:
+            self._api.write_lease(self._lease)
+        except Conflict:
+            pass  # it is another's by now
+        except DeployError as failure:
+            say(f"the lease {self._name} could not be given back and expires by itself: {failure.problem}")
+
+    def renew(self) -> None:
+        """Say that we are alive, where the last time was long ago; to be called often.
+
+        Raises:
+            LeaseLost: somebody else holds it now.
+        """
+        if time.monotonic() - self._renewed < self._seconds / 3:
+            return
+        try:
+            self._write()
+        except Away:
+            return  # as long as nobody takes it, it is ours
+
+    def _write(self) -> None:
+        for _ in range(3):
+            self._lease["spec"].update(self._spec())
+            try:
+                self._lease = self._api.write_lease(self._lease)
+            except Conflict:
+                found = self._api.lease(self._name)
+                if found is None or (found.get("spec") or {}).get("holderIdentity") != self.holder:
+                    break
+                self._lease = found
+                continue
+            self._renewed = time.monotonic()
+            return
+        raise LeaseLost(
+            f"{holder_of(self._api.lease(self._name)) or 'somebody else'} took {self._api.namespace}/{self._api.name} over",
+            "Look at what it made of it, with `haechi status`.",
+        )
+
+    def _fresh(self) -> dict[str, Any]:
+        meta = {"name": self._name, "namespace": self._api.namespace, "labels": {"app.kubernetes.io/part-of": "haechi"}}
+        return {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": meta}
+
+    def _spec(self) -> dict[str, Any]:
+        # Whole seconds of at least 1 are what the API takes.
+        return {
+            "holderIdentity": self.holder,
+            "renewTime": _now(),
+            "leaseDurationSeconds": max(1, round(self._seconds)),
+        }
+
+
+def holder_of(lease: dict[str, Any] | None, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> str:
+    """Who holds a Lease, or empty where nobody does or where it has expired."""
+    spec = (lease or {}).get("spec") or {}
+    if not spec.get("holderIdentity"):
+        return ""
+    age = (now() - datetime.strptime(spec["renewTime"], _STAMP).replace(tzinfo=UTC)).total_seconds()
+    return str(spec["holderIdentity"]) if age <= spec["leaseDurationSeconds"] else ""
+
+
+def _text(lease: dict[str, Any], field: str) -> str:
+    return str((lease.get("spec") or {}).get(field) or "an unknown time").split(".")[0]
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime(_STAMP)

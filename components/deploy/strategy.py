@@ -1,0 +1,125 @@
+"""Which way a cluster can bring a model into service: its mode of KServe, and whether anything splits traffic."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from haechi.components.shared.errors import DeployError, DeployRefused
+
+from .canary_standard import LONGEST_NAME, StandardCanary
+from .inference_service import MODE
+from .job import Job
+from .kubernetes_api import Forbidden, InferenceServiceApi
+from .rollout_state import RolloutState
+
+__all__ = ["Choice", "choose"]
+
+_CONFIG = ("kserve", "inferenceservice-config")  # namespace and name of KServe's settings
+_MODES = {"Standard": "Standard", "RawDeployment": "Standard", "Knative": "Knative", "Serverless": "Knative"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The way to go.
+
+    Attributes:
+        strategy: `canary` (mode Standard), `canary-knative`, `shadow` or `rolling`.
+        why: why it is no canary, where none was asked for by name; else empty.
+    """
+
+    strategy: str
+    why: str = ""
+
+
+def choose(job: Job, found: dict[str, Any], state: RolloutState) -> Choice:
+    """Choose the strategy for a service that exists. Changes nothing, and tells of missing rights and conflicts.
+
+    Args:
+        job: the model and the service.
+        found: the service.
+        state: names the model that comes and the one that goes.
+
+    Raises:
+        DeployRefused: `rollout.strategy` is `canary`, and the cluster cannot split traffic.
+        Conflict, Forbidden, DeployError: the service could not be changed as it must be.
+    """
+    wanted = job.rollout.strategy
+    if wanted == "rolling":
+        return Choice("rolling")
+    config = _config(job.api)
+    mode = _mode(found, config)
+    if wanted == "shadow":
+        if mode == "Knative":
+            raise DeployRefused(
+                "rollout.strategy is 'shadow', and this service is in mode Knative, which has canaries",
+                "Set it to 'auto', 'canary' or 'rolling'.",
+            )
+        return Choice("shadow")
+    if mode == "Knative":
+        return Choice("canary-knative")
+    why = _why_not(job, found, state, mode, config)
+    if why and wanted == "canary":
+        raise DeployRefused(
+            f"rollout.strategy is 'canary', and traffic of {job.api.namespace}/{job.api.name} cannot be split: {why}",
+            "Mend that (option gateway-canary of the manifests), or set it to 'auto', 'shadow' or 'rolling'.",
+        )
+    return Choice("shadow", why) if why else Choice("canary")
+
+
+def _config(api: InferenceServiceApi) -> dict[str, Any] | None:
+    """KServe's settings by section; None where they are not there or may not be read."""
+    try:
+        data = api.config_map(*_CONFIG)
+    except Forbidden:
+        return None
+    return None if data is None else {key: _json(data.get(key, "")) for key in ("deploy", "ingress")}
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _mode(found: dict[str, Any], config: dict[str, Any] | None) -> str:
+    """`Standard` or `Knative`; another mode as it is, and empty where nothing tells."""
+    notes = found["metadata"].get("annotations") or {}
+    told = (found.get("status") or {}).get("deploymentMode") or notes.get(MODE)
+    told = told or ((config or {}).get("deploy") or {}).get("defaultDeploymentMode") or ""
+    return _MODES.get(str(told), str(told))
+
+
+def _why_not(job: Job, found: dict[str, Any], state: RolloutState, mode: str, config: dict[str, Any] | None) -> str:
+    """Why traffic cannot be split in mode Standard; empty where it can."""
+    api = job.api
+    if mode != "Standard":
+        return f"KServe's mode is {mode or 'not known yet'}"
+    if len(api.name) > LONGEST_NAME:
+        return f"the service's name has more than {LONGEST_NAME} characters"
+    if not api.serves_group("gateway.networking.k8s.io"):
+        return "the cluster has no Gateway API"
+    if config is not None and config["ingress"].get("enableGatewayApi") is not True:
+        return "KServe's ingress.enableGatewayApi is not true"
+    try:
+        if api.route() is None:
+            return f"there is no HTTPRoute {api.name}, so nothing splits its traffic"
+    except Forbidden:
+        if config is None:
+            return "neither HTTPRoutes nor KServe's settings may be read"
+    return _unknown_field(job, StandardCanary(job, found, state))
+
+
+def _unknown_field(job: Job, way: StandardCanary) -> str:
+    """Let the API server check canary and promotion, without doing them."""
+    try:
+        job.api.apply(way.at(0), dry_run=True)
+    except DeployError as error:
+        if "spec.canary" in error.problem and ("unknown field" in error.problem or "not declared" in error.problem):
+            return "this KServe has no spec.canary (it came with 0.20)"
+        raise
+    job.api.apply(way.promoted(), dry_run=True)
+    return ""

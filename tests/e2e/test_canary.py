@@ -1,0 +1,595 @@
+"""A canary on a real API server, with real runtimes behind its Services: what moves traffic, and what takes it back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from api_server import ApiServer
+from kserve_stand_in import NEVER, Fate, KserveStandIn
+from kserve_webhook import MODE, KserveWebhook
+from pod_network import PodNetwork
+from tiny_models import tiny_model_folder
+
+from haechi.components.deploy.inference_service import Patience, manifest
+from haechi.components.deploy.job import Job
+from haechi.components.deploy.kubernetes_api import Conflict, InferenceServiceApi
+from haechi.components.deploy.lease import Busy, Lease, LeaseLost
+from haechi.components.deploy.rollout import Rollout
+from haechi.components.deploy.rollout_state import RolloutState
+from haechi.components.deploy.swap import swap
+from haechi.components.shared.errors import DeployError, DeployRefused
+from haechi.components.shared.files import read_json, write_json
+from haechi.components.shared.model_folder import ModelFolder
+from tests.serving_process import running
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = Patience(timeout=30, poll=0.05, blocked=0.3)
+HASTY = replace(QUICK, timeout=2)
+STEPS = Rollout(steps=(10, 50, 100), bake=0.3, poll=0.05, min_requests=20)
+
+
+@dataclass
+class Models:
+    """Two models that run, and one that may be asked for and runs nowhere."""
+
+    old: ModelFolder
+    new: ModelFolder
+    newest: ModelFolder
+    folders: dict[str, Path]
+    urls: dict[str, str] = field(default_factory=dict)
+
+    def uri(self, model: ModelFolder) -> str:
+        return f"s3://models/entrance/{model.version}"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
+    root = tmp_path_factory.mktemp("models")
+    made = [tiny_model_folder(root / str(shift), ["person"], name="entrance", shift=shift) for shift in (0, 1, 2)]
+    models = Models(*made, {model.version: root / str(shift) for shift, model in enumerate(made)})
+    arguments = ("--name", "entrance")
+    with running(root / "0", *arguments) as old, running(root / "1", *arguments) as new:
+        models.urls = {models.uri(made[0]): old.url, models.uri(made[1]): new.url}
+        yield models
+
+
+@dataclass
+class Place:
+    """The service `entrance` of a namespace, and who deploys to it."""
+
+    cluster: ApiServer
+    namespace: str
+    kserve: KserveStandIn
+    network: PodNetwork
+    models: Models
+    asked: list[str] = field(default_factory=list)
+
+    @property
+    def api(self) -> InferenceServiceApi:
+        return InferenceServiceApi(self.namespace, "entrance")
+
+    def deploy(
+        self,
+        model: ModelFolder,
+        rollout: Rollout = STEPS,
+        patience: Patience = QUICK,
+        owner: str = "run-1",
+        folder: Path | None = None,
+    ) -> str:
+        rollout = replace(rollout, address=self.network.address)
+        with Lease(self.api, owner, patience.lease) as lease:
+            folder = folder or self.models.folders[model.version]
+            return swap(Job(self.api, lease, model, folder, self.models.uri(model), rollout, patience))
+
+    def service(self, name: str = "entrance") -> dict[str, Any]:
+        return self.cluster.get(self._path(name))
+
+    def there(self, name: str) -> bool:
+        return self.cluster.request("GET", self._path(name)).status == 200
+
+    def names(self) -> str:
+        return str(self.service()["spec"]["predictor"]["model"]["storageUri"])
+
+    def serving(self) -> str:
+        """What the stable predictor's ready pods serve."""
+        own = self.service()["spec"]["predictor"].get("name", "")
+        return self.kserve.serving("-".join(part for part in ("entrance", own, "predictor") if part))
+
+    def state(self) -> RolloutState:
+        return RolloutState.of(self.service())
+
+    def shares(self) -> dict[str, int]:
+        """The route's weights."""
+        path = f"/apis/gateway.networking.k8s.io/v1/namespaces/{self.namespace}/httproutes/entrance"
+        found = self.cluster.request("GET", path)
+        rules = found.body["spec"]["rules"] if found.status == 200 else [{"backendRefs": []}]
+        return {item["name"]: item["weight"] for item in rules[0]["backendRefs"]}
+
+    def only(self, model: ModelFolder) -> bool:
+        """Whether a model is named, serves and has all traffic."""
+        uri = self.models.uri(model)
+        return (self.names(), self.serving()) == (uri, uri) and list(self.shares().values()) == [100]
+
+    def apply_as(self, manager: str, spec: dict[str, Any]) -> None:
+        meta = {"name": "entrance", "namespace": self.namespace}
+        body = {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService", "metadata": meta, "spec": spec}
+        self.cluster.apply(body, manager=manager)
+
+    def _path(self, name: str) -> str:
+        return f"/apis/serving.kserve.io/v1beta1/namespaces/{self.namespace}/inferenceservices/{name}"
+
+
+@pytest.fixture
+def place(
+    cluster: ApiServer, namespace: str, runner: str, webhook: KserveWebhook, kserve: KserveStandIn, models: Models
+) -> Iterator[Place]:
+    """A namespace where the option gateway-canary is applied; nothing serves yet."""
+    _may_see_routes(cluster, namespace)
+    kserve.gateway = kserve.pods = True
+    with PodNetwork(kserve, dict(models.urls)) as network:
+        yield Place(cluster, namespace, kserve, network, models)
+
+
+def _may_see_routes(cluster: ApiServer, namespace: str) -> None:
+    """The rule that the option gateway-canary adds."""
+    option = yaml.safe_load((ROOT / "manifests/components/gateway-canary/kustomization.yaml").read_text())
+    (added,) = [yaml.safe_load(patch["patch"])[0]["value"] for patch in option["patches"]]
+    kind, meta = "rbac.authorization.k8s.io/v1", {"name": "routes", "namespace": namespace}
+    cluster.apply({"apiVersion": kind, "kind": "Role", "metadata": meta, "rules": [added]})
+    subjects = [{"kind": "ServiceAccount", "name": "pipeline-runner", "namespace": "kubeflow"}]
+    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "routes"}
+    cluster.apply({"apiVersion": kind, "kind": "RoleBinding", "metadata": meta, "roleRef": role, "subjects": subjects})
+
+
+@pytest.fixture
+def serving_old(place: Place, models: Models) -> Iterator[Place]:
+    """A place where the old model serves, and must serve again, alone, when the test ends."""
+    assert place.deploy(models.old) == "rolling"
+    until(lambda: place.only(models.old))
+    yield place
+    until(lambda: place.only(models.old))
+
+
+def until(is_so: Callable[[], object], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# --- the way to the end ----------------------------------------------------------------------------------------------
+
+
+def test_a_model_gets_its_traffic_step_by_step_and_then_all(place: Place, models: Models) -> None:
+    place.deploy(models.old)
+    canary, seen = f"entrance-v-{models.new.version}-predictor", []
+
+    def watch(path: str) -> None:
+        if canary in path and path.endswith("infer?conf=0.1&iou=0.7"):
+            seen.append(place.shares().get(canary, 0))
+
+    place.network.watch = watch
+    assert place.deploy(models.new) == "canary"
+    assert sorted(set(seen)) == [0, 10, 50, 100], "it is asked before it gets any, and at every step"
+    until(lambda: place.only(models.new))
+    assert place.service()["spec"]["predictor"]["name"] == f"v-{models.new.version}"
+    assert place.service()["metadata"]["labels"]["app.kubernetes.io/version"] == models.new.version
+    state = place.state()
+    assert (state.phase, state.version, state.former) == ("done", models.new.version, models.uri(models.old))
+    place.network.watch = lambda path: None
+    # And back: the next canary stands beside the promoted one.
+    assert place.deploy(models.old, replace(STEPS, steps=())) == "canary"
+    until(lambda: place.only(models.old))
+
+
+def test_deploying_the_same_again_changes_nothing_but_is_asked(serving_old: Place, models: Models) -> None:
+    before = serving_old.service()["metadata"]["generation"]
+    asked = serving_old.network.asked[models.uri(models.old)]
+    assert serving_old.deploy(models.old) == ""
+    assert serving_old.service()["metadata"]["generation"] == before
+    assert serving_old.network.asked[models.uri(models.old)] > asked
+
+
+# --- each of these ends with the old model serving, and a reason ------------------------------------------------------
+
+
+def never_ready(place: Place, models: Models) -> None:
+    place.kserve.fates[models.uri(models.new)] = NEVER
+
+
+def unreachable_storage(place: Place, models: Models) -> None:
+    place.kserve.fates[models.uri(models.new)] = Fate(load_error="NoSuchKey: model.onnx")
+
+
+def another_model_answers(place: Place, models: Models) -> None:
+    place.network._runtimes[models.uri(models.new)] = models.urls[models.uri(models.old)]
+
+
+def many_failures(place: Place, models: Models) -> None:
+    place.network.failing = {models.uri(models.new): 0.5, models.uri(models.old): 0.01}
+
+
+def mad_under_traffic(place: Place, models: Models) -> None:
+    def watch(path: str) -> None:
+        if place.shares().get(f"entrance-v-{models.new.version}-predictor"):
+            place.network.broken[models.uri(models.new)] = 500
+
+    place.network.watch = watch
+
+
+def crashing_under_traffic(place: Place, models: Models) -> None:
+    place.kserve.fates[models.uri(models.new)] = Fate(ready_after=0.1, fails_after=1.5)
+
+
+def route_that_stays(place: Place, models: Models) -> None:
+    place.kserve.gateway = False
+
+
+def sleeping_controller(place: Place, models: Models) -> None:
+    place.kserve.asleep = True
+    threading.Timer(3.5, lambda: setattr(place.kserve, "asleep", False)).start()
+
+
+WORSE = [
+    (never_ready, r"did not become ready in .* s: 0 of 1 pods"),
+    (unreachable_storage, r"storage-initializer: CrashLoopBackOff NoSuchKey: model\.onnx"),
+    (another_model_answers, r"serves model {old}, not {new}"),
+    (many_failures, r"at 10 % of traffic: \d\d\.\d% of the canary's \d+ requests failed, [01]\.\d% of the stable"),
+    (mad_under_traffic, r"answered 500: the graph went mad"),
+    (crashing_under_traffic, r"the canary is no longer ready: .*0 of 1 pods"),
+    (route_that_stays, r"HTTPRoute entrance gives it nothing, not 10 %"),
+    (sleeping_controller, r"controller has not looked at it yet"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), WORSE, ids=[spoil.__name__ for spoil, _ in WORSE])
+def test_a_worse_canary_is_withdrawn(
+    serving_old: Place, models: Models, spoil: Callable[[Place, Models], None], message: str
+) -> None:
+    spoil(serving_old, models)
+    message = message.replace("{old}", models.old.version).replace("{new}", models.new.version)
+    with pytest.raises(DeployError, match=message) as caught:
+        serving_old.deploy(models.new, replace(STEPS, bake=2.0), HASTY)
+    assert f"{models.uri(models.old)} has all traffic again" in str(caught.value)
+    assert caught.value.remedy
+    state = serving_old.state()
+    assert (state.phase, state.version) == ("failed", models.new.version)
+    assert state.reason in str(caught.value)
+    serving_old.kserve.gateway = True
+
+
+def test_other_boxes_than_the_golden_ones_get_no_traffic(serving_old: Place, models: Models, tmp_path: Path) -> None:
+    shutil.copytree(models.folders[models.new.version], tmp_path / "model")
+    golden = read_json(tmp_path / "model/golden/golden.json")
+    for box in golden["images"][0]["boxes"]:
+        box["box"] = [value + 3 for value in box["box"]]
+    write_json(tmp_path / "model/golden/golden.json", golden)
+    with pytest.raises(DeployError, match=r"gives other boxes than the golden ones.*corners up to 3\.00 px"):
+        serving_old.deploy(models.new, folder=tmp_path / "model")
+    assert serving_old.state().phase == "failed"
+
+
+def test_disagreement_is_a_reason_where_it_is_limited(serving_old: Place, models: Models, tmp_path: Path) -> None:
+    far = tiny_model_folder(tmp_path / "far", ["person"], name="entrance", shift=24)
+    with running(tmp_path / "far", "--name", "entrance") as server:
+        serving_old.network._runtimes[models.uri(far)] = server.url
+        with pytest.raises(DeployError, match=r"100\.0% of the boxes on the golden images are found by only one"):
+            serving_old.deploy(far, replace(STEPS, max_disagreement=0.5), folder=tmp_path / "far")
+
+
+def test_a_promotion_that_does_not_serve_is_undone(
+    serving_old: Place, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply = Job.apply
+
+    def apply_and_break(job: Job, body: dict[str, Any], state: RolloutState) -> None:
+        if state.phase == "promoting":
+            serving_old.kserve.fates[models.uri(models.new)] = NEVER
+            until(lambda: not serving_old.service()["status"]["canaryStatuses"][0]["ready"])
+        apply(job, body, state)
+
+    monkeypatch.setattr(Job, "apply", apply_and_break)
+    with pytest.raises(DeployError, match=r"did not become ready .*has all traffic again"):
+        serving_old.deploy(models.new, replace(STEPS, steps=(100,)), HASTY)
+    assert serving_old.service()["spec"]["predictor"].get("name", "") == ""
+
+
+def test_a_controller_that_restarts_meanwhile_is_waited_for(place: Place, models: Models) -> None:
+    place.deploy(models.old)
+    place.kserve.asleep = True
+    threading.Timer(1.5, lambda: setattr(place.kserve, "asleep", False)).start()
+    assert place.deploy(models.new) == "canary"
+    until(lambda: place.only(models.new))
+
+
+def test_what_would_be_refused_later_is_told_before_anything_changes(place: Place, models: Models) -> None:
+    place.apply_as("argocd", {"predictor": {"model": {"modelFormat": {"name": "yolo-onnx"}, "storageUri": "s3://a/b"}}})
+    until(lambda: "status" in place.service())
+    until(lambda: place.shares())
+    generation = place.service()["metadata"]["generation"]
+    with pytest.raises(Conflict, match=r"someone else manages: .*\"argocd\".*storageUri"):
+        place.deploy(models.new)
+    assert place.service()["metadata"]["generation"] == generation
+
+
+def test_a_canary_of_a_person_is_not_overrun(serving_old: Place, models: Models) -> None:
+    theirs = {"name": "", "modelFormat": {"name": "yolo-onnx"}, "storageUri": "s3://models/entrance/canary"}
+    serving_old.apply_as("a-person", {"canary": [{"trafficPercent": 10, "predictor": {"name": "v2", "model": theirs}}]})
+    with pytest.raises(DeployError, match="has a canary under way"):
+        serving_old.deploy(models.new)
+    serving_old.apply_as("a-person", {})
+
+
+# --- one at a time ----------------------------------------------------------------------------------------------------
+
+
+def test_of_two_deploys_at_once_the_second_is_told_of_the_first(place: Place, models: Models) -> None:
+    place.deploy(models.old)
+    first = threading.Thread(target=lambda: place.deploy(models.new, owner="run-1"))
+    first.start()
+    until(lambda: place.state().under_way)
+    with pytest.raises(Busy, match=rf"run-1 is deploying to {place.namespace}/entrance since 20") as caught:
+        place.deploy(models.newest, owner="run-2")
+    assert "Run again" in caught.value.remedy
+    first.join()
+    until(lambda: place.only(models.new))
+    assert place.deploy(models.old, owner="run-2") == "canary", "the lease was given back"
+
+
+def test_who_lost_the_lease_touches_nothing_more(place: Place, models: Models) -> None:
+    place.deploy(models.old)
+    lost: list[BaseException] = []
+
+    def first() -> None:
+        try:
+            place.deploy(models.new, replace(STEPS, bake=30), replace(QUICK, lease=1), owner="run-1")
+        except DeployError as error:
+            lost.append(error)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    until(lambda: place.state().traffic == 10)
+    path = f"/apis/coordination.k8s.io/v1/namespaces/{place.namespace}/leases/haechi-entrance"
+    stolen = {"spec": {"holderIdentity": "run-2", "leaseDurationSeconds": 3600}}
+    assert place.cluster.request("PATCH", path, stolen, kind="application/merge-patch+json").status == 200
+    generation = place.service()["metadata"]["generation"]
+    thread.join()
+    assert isinstance(lost[0], LeaseLost)
+    assert "run-2 took" in str(lost[0])
+    assert place.service()["metadata"]["generation"] == generation
+
+
+# --- killed, and run again --------------------------------------------------------------------------------------------
+
+
+def killed_at(place: Place, model: ModelFolder, phase: str, traffic: int = 0, **options: Any) -> None:
+    """Deploy in a process of its own, and kill that once the state has come so far."""
+    child = os.fork()
+    if not child:
+        try:
+            place.deploy(model, **{"owner": "killed", "rollout": replace(STEPS, bake=60), **options})
+        finally:
+            os._exit(0)
+    try:
+        until(lambda: (place.state().phase, place.state().traffic) == (phase, traffic), 20)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_repeated_step_goes_on_where_it_was_killed(place: Place, models: Models) -> None:
+    place.deploy(models.old)
+    killed_at(place, models.new, "canary", 10)
+    canary, seen = f"entrance-v-{models.new.version}-predictor", []
+    place.network.watch = lambda path: seen.append(place.shares().get(canary, 0)) if canary in path else None
+    assert place.deploy(models.new, owner="killed") == "canary", "its own lease, at once"
+    assert min(seen) == 10, "the canary was not taken back first"
+    until(lambda: place.only(models.new))
+
+
+def test_another_run_waits_for_the_lease_and_cleans_up(place: Place, models: Models) -> None:
+    place.deploy(models.old)
+    killed_at(place, models.newest, "canary", patience=replace(QUICK, lease=2))
+    with pytest.raises(Busy, match="killed is deploying"):
+        place.deploy(models.new, owner="next")
+    until(lambda: not _busy(place))
+    assert place.deploy(models.new, owner="next") == "canary"
+    until(lambda: place.only(models.new))
+    assert place.kserve.deployment(f"entrance-v-{models.newest.version}-predictor") is None
+
+
+def _busy(place: Place) -> bool:
+    try:
+        with Lease(place.api, "asking"):
+            return False
+    except Busy:
+        return True
+
+
+@pytest.mark.parametrize("again", ["new", "old"])
+def test_a_promotion_whose_end_nobody_saw_is_finished_or_taken_over(place: Place, models: Models, again: str) -> None:
+    place.deploy(models.old)
+    # So that it stays in this phase: the promoted pods are not ready for a while.
+    place.kserve.fates[models.uri(models.new)] = Fate(ready_after=0.1)
+    rollout = replace(STEPS, steps=())
+    place.network.watch = lambda path: _sleep_on(place, models, path)
+    killed_at(place, models.new, "promoting", 100, rollout=rollout)
+    place.kserve.asleep = False
+    place.network.watch = lambda path: None
+    model = getattr(models, again)
+    place.deploy(model, rollout, owner="killed")
+    until(lambda: place.only(model))
+    assert (place.state().phase, place.state().version) == ("done", model.version)
+
+
+def _sleep_on(place: Place, models: Models, path: str) -> None:
+    """The controller goes away once the canary was asked, so that it does not see the promotion."""
+    if f"v-{models.new.version}-predictor" in path:
+        place.kserve.asleep = True
+
+
+# --- where no traffic can be split ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_gateway(place: Place, models: Models) -> Place:
+    place.kserve.gateway = False
+    place.deploy(models.old)
+    return place
+
+
+def test_without_a_route_the_model_is_proven_in_a_shadow(
+    without_gateway: Place, models: Models, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = without_gateway
+    place.apply_as("operations", {"predictor": {"minReplicas": 2, "serviceAccountName": "reader"}})
+    shadows: list[dict[str, Any]] = []
+
+    def watch(path: str) -> None:
+        if "entrance-shadow-predictor" in path:
+            assert place.names() == models.uri(models.old), "nothing is replaced yet"
+            shadows.append(place.service("entrance-shadow"))
+
+    place.network.watch = watch
+    assert place.deploy(models.new) == "shadow"
+    assert "NO CANARY: there is no HTTPRoute entrance" in capsys.readouterr().err
+    predictor = shadows[0]["spec"]["predictor"]
+    assert (predictor["minReplicas"], predictor["serviceAccountName"]) == (1, "reader")
+    assert shadows[0]["metadata"]["ownerReferences"][0]["name"] == "entrance"
+    assert not place.there("entrance-shadow")
+    assert (place.names(), place.serving()) == (models.uri(models.new), models.uri(models.new))
+    assert place.state().phase == "done"
+
+
+def test_a_shadow_that_fails_never_touches_what_serves(without_gateway: Place, models: Models) -> None:
+    place = without_gateway
+    place.kserve.fates[models.uri(models.new)] = NEVER
+    generation = place.service()["metadata"]["generation"]
+    with pytest.raises(DeployError, match=r"did not become ready .* was never touched"):
+        place.deploy(models.new, patience=HASTY)
+    assert place.service()["metadata"]["generation"] == generation
+    assert not place.there("entrance-shadow")
+    assert place.state().phase == "failed"
+
+
+def test_a_shadow_that_was_left_behind_is_removed(without_gateway: Place, models: Models) -> None:
+    place = without_gateway
+    place.kserve.fates[models.uri(models.newest)] = NEVER
+    killed_at(place, models.newest, "canary")
+    place.deploy(models.new, owner="killed")
+    assert not place.there("entrance-shadow")
+    assert place.serving() == models.uri(models.new)
+
+
+def test_a_shadow_of_somebody_else_is_left_alone(without_gateway: Place, models: Models) -> None:
+    place = without_gateway
+    theirs = manifest(place.namespace, "entrance-shadow", models.old, "s3://theirs")
+    place.cluster.apply(theirs, manager="a-person")
+    with pytest.raises(DeployRefused, match="is somebody's, and we need that name"):
+        place.deploy(models.new)
+    assert place.service("entrance-shadow")["spec"]["predictor"]["model"]["storageUri"] == "s3://theirs"
+
+
+def test_boxes_that_differ_after_the_pods_were_replaced_take_it_back(without_gateway: Place, models: Models) -> None:
+    place = without_gateway
+
+    def watch(path: str) -> None:
+        if path.startswith("/entrance-predictor") and place.names() == models.uri(models.new):
+            place.network.broken[models.uri(models.new)] = 500
+
+    place.network.watch = watch
+    with pytest.raises(DeployError, match=r"answered 500.*was put back"):
+        place.deploy(models.new)
+    assert (place.names(), place.serving()) == (models.uri(models.old), models.uri(models.old))
+    assert place.state().phase == "failed"
+
+
+def no_route(place: Place) -> str:
+    return "there is no HTTPRoute entrance"
+
+
+def settings_say_no(place: Place) -> str:
+    """KServe's own settings, in a namespace that every test shares: read-only to our user, made here."""
+    place.kserve.gateway = True
+    until(lambda: place.shares())
+    return _with_settings(place, '{"enableGatewayApi": false}', "ingress.enableGatewayApi is not true")
+
+
+def _with_settings(place: Place, ingress: str, expected: str) -> str:
+    cluster = place.cluster
+    cluster.make_namespace("kserve")
+    meta = {"name": "inferenceservice-config", "namespace": "kserve"}
+    cluster.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": {"ingress": ingress}})
+    group, meta = "rbac.authorization.k8s.io", {"name": "haechi-settings", "namespace": "kserve"}
+    rule = {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get"]}
+    cluster.apply({"apiVersion": f"{group}/v1", "kind": "Role", "metadata": meta, "rules": [rule]})
+    subjects = [{"kind": "ServiceAccount", "name": "pipeline-runner", "namespace": "kubeflow"}]
+    role = {"apiGroup": group, "kind": "Role", "name": "haechi-settings"}
+    binding = {"apiVersion": f"{group}/v1", "kind": "RoleBinding", "metadata": meta, "roleRef": role}
+    cluster.apply({**binding, "subjects": subjects})
+    return expected
+
+
+@pytest.mark.parametrize("spoil", [no_route, settings_say_no])
+def test_a_canary_that_is_asked_for_by_name_is_refused(
+    without_gateway: Place, models: Models, spoil: Callable[[Place], str]
+) -> None:
+    place, generation = without_gateway, without_gateway.service()["metadata"]["generation"]
+    try:
+        with pytest.raises(DeployRefused, match=f"rollout.strategy is 'canary', and .*{spoil(place)}") as caught:
+            place.deploy(models.new, replace(STEPS, strategy="canary"))
+    finally:
+        place.cluster.request("DELETE", "/api/v1/namespaces/kserve/configmaps/inferenceservice-config")
+    assert "gateway-canary" in caught.value.remedy
+    assert place.service()["metadata"]["generation"] == generation
+
+
+def test_a_kserve_without_canaries_is_noticed(serving_old: Place, models: Models) -> None:
+    cluster, path = serving_old.cluster, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    path += "/inferenceservices.serving.kserve.io"
+    whole = cluster.get(path)
+    less = {"apiVersion": whole["apiVersion"], "kind": whole["kind"], "metadata": {"name": whole["metadata"]["name"]}}
+    versions = yaml.safe_load(yaml.safe_dump(whole["spec"]["versions"]))
+    for version in versions:
+        version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"].pop("canary", None)
+    less["spec"] = {**whole["spec"], "versions": versions}
+    try:
+        cluster.request("PUT", path, {**less, "metadata": whole["metadata"]})
+        rollout = replace(STEPS, strategy="canary")
+        until(lambda: "no spec.canary" in _refusal(serving_old, models, rollout))
+    finally:
+        now = cluster.get(path)
+        cluster.request("PUT", path, {**now, "spec": whole["spec"]})
+        until(lambda: _knows_canary(serving_old, models))
+
+
+def _refusal(place: Place, models: Models, rollout: Rollout) -> str:
+    try:
+        place.deploy(models.new, replace(rollout, bake=0))
+    except DeployError as error:
+        return str(error)
+    except DeployRefused as error:
+        return str(error)
+    place.deploy(models.old, replace(rollout, steps=()))
+    return ""
+
+
+def _knows_canary(place: Place, models: Models) -> bool:
+    theirs = {"name": "", "modelFormat": {"name": "yolo-onnx"}, "storageUri": "s3://models/entrance/canary"}
+    body = manifest(place.namespace, "entrance", models.old, models.uri(models.old))
+    body["metadata"].setdefault("annotations", {})[MODE] = "Standard"
+    body["spec"]["canary"] = [{"trafficPercent": 10, "predictor": {"name": "v2", "model": theirs}}]
+    path = f"{place._path('entrance')}?fieldManager=asking&fieldValidation=Strict&dryRun=All&force=true"
+    return place.cluster.request("PATCH", path, body, kind="application/apply-patch+yaml").status == 200
