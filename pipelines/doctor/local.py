@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from importlib import metadata
@@ -56,7 +57,9 @@ def disk(world: World) -> list[Finding]:
         found.append(Finding(f"{free / 2**30:.1f} GiB are free for {world.aim.workdir}", cause, fix))
     if not _writable(folder):
         fix = f"chown -R $(id -un) {folder}   # or --workdir elsewhere"
-        found.append(Finding(f"{folder} cannot be written", "it belongs to another user, or is read-only", fix))
+        found.append(
+            Finding(f"{folder} cannot be written", "it is no folder, belongs to another user, or is read-only", fix)
+        )
     return found
 
 
@@ -115,6 +118,4 @@ def _requirements(name: str, extra: str, seen: frozenset[str] = frozenset()) -> 
 
 
 def _writable(folder: Path) -> bool:
-    import os
-
-    return os.access(folder, os.W_OK | os.X_OK)
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)

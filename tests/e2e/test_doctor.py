@@ -20,7 +20,7 @@ import crds
 import pytest
 import yaml
 from api_server import ApiServer
-from conftest import CRDS, ROOT
+from http_stand_in import Answers, HttpStandIn
 
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
@@ -31,6 +31,8 @@ from haechi.pipelines.doctor.world import Aim, World
 
 pytestmark = pytest.mark.e2e
 
+ROOT = Path(__file__).resolve().parents[2]
+CRDS = ROOT.parent / "shared" / "crds"
 MERGE = "application/merge-patch+json"
 GPU = "nvidia.com/gpu"
 ISVC = "/apis/serving.kserve.io/v1beta1/namespaces/{}/inferenceservices"
@@ -539,7 +541,7 @@ def test_a_service_account_without_rights_is_found(place: Place) -> None:
     assert place.server.request("DELETE", path).status == 200
     finding = only(place.examine(), "rights")
     assert f"system:serviceaccount:{place.runs}:pipeline-runner may not" in finding.symptom
-    assert "patch inferenceservices.serving.kserve.io" in finding.symptom
+    assert "delete inferenceservices.serving.kserve.io" in finding.symptom
     assert f"--serviceaccount={place.runs}:pipeline-runner" in finding.fix
 
 
@@ -634,6 +636,22 @@ def test_an_endpoint_with_a_scheme_for_kserve_is_found(place: Place) -> None:
     assert "s3-endpoint=minio.minio:9000" in only(place.examine(), "kserve-keys").fix
 
 
+@pytest.mark.parametrize(
+    ("keys", "symptom"),
+    [
+        ({"access_key": "a", "secret_key": "b"}, "has no AWS_ACCESS_KEY_ID and no AWS_SECRET_ACCESS_KEY"),
+        ({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b "}, "AWS_SECRET_ACCESS_KEY has blanks around it"),
+        (None, "does not exist"),
+    ],
+)
+def test_kserves_secret_that_is_not_whole_is_found(place: Place, keys: dict[str, str] | None, symptom: str) -> None:
+    path = f"/api/v1/namespaces/{place.serving}/secrets/haechi-s3"
+    assert place.server.request("DELETE", path).status == 200
+    if keys:
+        place.secret(place.serving, "haechi-s3", **keys)
+    assert symptom in only(place.examine(), "kserve-keys").symptom
+
+
 def test_a_service_account_that_does_not_list_the_keys_is_found(place: Place) -> None:
     place.patch(f"/api/v1/namespaces/{place.serving}/serviceaccounts/default", {"secrets": []})
     assert "patch serviceaccount default" in only(place.examine(), "kserve-keys").fix
@@ -643,6 +661,32 @@ def test_an_mlflow_that_is_away_is_found_for_the_steps(place: Place) -> None:
     path = f"/api/v1/namespaces/{place.runs}/configmaps/haechi-settings"
     place.patch(path, {"data": {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}})
     assert "nothing listens at 127.0.0.1:9" in only(place.examine(), "step-mlflow").cause
+
+
+SEARCH = "/api/2.0/mlflow/registered-models/search"
+
+
+@pytest.mark.parametrize(
+    ("answers", "symptom"),
+    [
+        ({SEARCH: (401, "no")}, "refuses Secret"),
+        ({SEARCH: (403, "Invalid Host header - possible DNS rebinding attack detected")}, "Invalid Host header"),
+        ({}, "not like MLflow"),
+    ],
+)
+def test_an_mlflow_that_does_not_serve_the_steps_is_told_with_its_cause(
+    place: Place, answers: Answers, symptom: str
+) -> None:
+    place.secret(place.runs, "haechi-mlflow", username="haechi", password="of-the-test")
+    with HttpStandIn(answers) as url:
+        path = f"/api/v1/namespaces/{place.runs}/configmaps/haechi-settings"
+        place.patch(path, {"data": {"MLFLOW_TRACKING_URI": url}})
+        assert symptom in only(place.examine(), "step-mlflow").symptom
+
+
+def test_half_of_mlflows_credentials_are_found(place: Place) -> None:
+    place.secret(place.runs, "haechi-mlflow", username="haechi")
+    assert "only one of" in only(place.examine(), "step-mlflow").symptom
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ test says, because neither runs here; the TLS server is real, with a certificate
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
-import http.server
 import json
 import re
 import ssl
@@ -25,6 +25,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from http_stand_in import Answers, HttpStandIn
 
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
@@ -41,7 +42,6 @@ from haechi.pipelines.doctor.world import Aim, World
 
 ROOT = Path(__file__).resolve().parents[2]
 DAY = 86_400
-Answers = Mapping[str, tuple[int, Any]]
 
 
 def diagnose(
@@ -69,47 +69,9 @@ def well(check: str, env: Mapping[str, str] | None = None, **more: Any) -> bool:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., str]]:
-    """serve({path: (status, body)}) starts an HTTP server and gives its URL; a body may be a function of the request."""
-    servers = []
-
-    def start(answers: Answers, context: ssl.SSLContext | None = None) -> str:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(answers))
-        if context:
-            server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        servers.append((server, thread))
-        return f"http{'s' if context else ''}://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server, thread in servers:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def _handler(answers: Answers) -> type[http.server.BaseHTTPRequestHandler]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def _answer(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, body = answers.get(self.path.split("?")[0], (404, "no such page"))
-            if callable(body):
-                status, body = body(self.headers)
-            data = (body if isinstance(body, str) else json.dumps(body)).encode()
-            self.send_response(status)
-            if status == 302:
-                self.send_header("Location", "/dex/login")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(data)
-
-        do_GET = do_POST = do_HEAD = _answer
-
-        def log_message(self, *arguments: object) -> None:
-            """Stay quiet."""
-
-    return Handler
+    """serve({path: (status, body)}) starts a stand-in and gives its URL."""
+    with contextlib.ExitStack() as stack:
+        yield lambda answers, context=None: stack.enter_context(HttpStandIn(answers, context))
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +121,12 @@ def test_looking_makes_no_work_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("HAECHI_S3_ENDPOINT", "minio:9000"), ("HAECHI_S3_ENDPOINT", "http://a:b@minio:9000"), ("HAECHI_WORKERS", "many")],
+    [
+        ("HAECHI_S3_ACCESS_KEY", "alone"),
+        ("HAECHI_S3_ENDPOINT", "minio:9000"),
+        ("HAECHI_S3_ENDPOINT", "http://a:b@minio:9000"),
+        ("HAECHI_WORKERS", "many"),
+    ],
 )
 def test_settings_that_no_step_would_take_are_found(name: str, value: str) -> None:
     finding = found("settings", {name: value})
@@ -189,6 +156,11 @@ def test_a_full_disk_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     usage = type("usage", (), {"free": 2**30, "total": 2**40})
     monkeypatch.setattr(local.shutil, "disk_usage", lambda _: usage)
     assert "1.0 GiB are free" in found("disk", workdir=tmp_path / "run").symptom
+
+
+def test_a_work_folder_that_cannot_be_made_is_found(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert f"{tmp_path / 'file'} cannot be written" in found("disk", workdir=tmp_path / "file" / "run").symptom
 
 
 def test_small_shared_memory_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +213,21 @@ def test_a_store_that_does_not_serve_us_is_told_with_its_cause(
     assert fix in finding.fix
 
 
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [
+        ("AccessDenied", "may not list bucket 'haechi'"),
+        ("RequestTimeTooSkewed", "more than 15 minutes"),
+        ("SlowDownPlease", "otherwise than S3"),
+    ],
+)
+def test_a_stores_refusal_is_told_by_its_code(serve: Callable[..., str], code: str, cause: str) -> None:
+    body = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>no</Message></Error>'
+    env = {"HAECHI_S3_ENDPOINT": serve({"/": (200, ""), "/haechi": (403, body)})}
+    keys = {"HAECHI_S3_ACCESS_KEY": "KEYOFTHETEST", "HAECHI_S3_SECRET_KEY": "secret-of-the-test"}
+    assert cause in found("store", env | keys).cause
+
+
 def test_https_to_a_store_without_tls_is_found(store: Store) -> None:
     endpoint = store.settings.s3_endpoint.replace("http", "https")
     assert "does not speak TLS" in found("store", {**store.settings.to_env(), "HAECHI_S3_ENDPOINT": endpoint}).cause
@@ -285,6 +272,10 @@ def test_an_mlflow_that_refuses_us_is_found(serve: Callable[..., str]) -> None:
     finding = found("mlflow", {"MLFLOW_TRACKING_URI": url})
     assert "refuses our credentials" in finding.symptom
     assert "MLFLOW_TRACKING_TOKEN" in finding.fix
+
+
+def test_another_server_in_mlflows_place_is_found(serve: Callable[..., str]) -> None:
+    assert "does not answer like MLflow" in found("mlflow", {"MLFLOW_TRACKING_URI": serve({})}).symptom
 
 
 def test_an_mlflow_that_does_not_know_its_host_name_is_found(mlflow_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
