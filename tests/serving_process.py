@@ -47,13 +47,14 @@ def start(
     grpc_port: int = 0,
     env: Mapping[str, str] | None = None,
     stdout: IO[str] | int | None = None,
+    stderr: IO[str] | int = subprocess.PIPE,
 ) -> Running:
     http, grpc_port = http or free_port(), grpc_port or free_port()
     ports = ["--http-port", str(http), "--grpc-port", str(grpc_port)]
     process = subprocess.Popen(
         [sys.executable, "-m", "haechi.serving", "--model", str(folder), *ports, *arguments],
         stdout=stdout,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         env={**os.environ, "HAECHI_SERVING_THREADS": "1", **(env or {})},
     )
@@ -62,11 +63,15 @@ def start(
 
 @contextlib.contextmanager
 def running(
-    folder: Path, *arguments: str, env: Mapping[str, str] | None = None, stdout: IO[str] | int | None = None
+    folder: Path,
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    stdout: IO[str] | int | None = None,
+    stderr: IO[str] | int = subprocess.PIPE,
 ) -> Iterator[Running]:
     """A ready runtime of a model folder; ended by SIGTERM."""
     begun = time.monotonic()
-    server = start(folder, *arguments, env=env, stdout=stdout)
+    server = start(folder, *arguments, env=env, stdout=stdout, stderr=stderr)
     try:
         while time.monotonic() - begun < 60:
             with contextlib.suppress(httpx.TransportError):
