@@ -97,7 +97,7 @@ def deploy(
     uri = publish(store, model, onnx_model, report)
     registered = record(tracker, model, judged, uri, run_id, report.read_text(encoding="utf-8"))
     owner = f"run {run_id}" if run_id else f"deploy {uuid.uuid4().hex[:12]}"
-    with held(place_to, store, owner, how, patience or Patience()) as switch:
+    with held(place_to, store, owner, how, patience or Patience(), _evidence(judged)) as switch:
         # Copying took a while: look again just before traffic moves.
         check_champion(tracker, name, champion, model.version)
         switch(model, onnx_model)
@@ -145,3 +145,14 @@ def refuse(onnx_model: Path, verdict: Path, name: str, run_id: str, settings: Se
 def _load(folder: Path) -> ModelFolder:
     """The folder's description, after the digests of both graph and checkpoint were checked."""
     return ModelFolder.load(fetch_model(None, str(folder), cache=folder), verify=False)
+
+
+def _evidence(judged: Verdict) -> dict[str, str]:
+    """What a commit tells of the verdict."""
+    score = judged.scores.get("map50_95")
+    return {
+        "Verdict": judged.decision,
+        "Compared-with": judged.champion or "no champion",
+        "Test-mAP50-95": "" if score is None else f"{score:.4f}",
+        "Reasons": "; ".join(judged.reasons),
+    }

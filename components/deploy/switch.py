@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.storage import Store
 
 from .directory import place
+from .git_target import commit
 from .inference_service import Patience
 from .job import Job
 from .kubernetes_api import InferenceServiceApi
@@ -26,7 +27,9 @@ Switch = Callable[[ModelFolder, Path], None]
 
 
 @contextmanager
-def held(target: Target, store: Store, owner: str, rollout: Rollout, patience: Patience) -> Iterator[Switch]:
+def held(
+    target: Target, store: Store, owner: str, rollout: Rollout, patience: Patience, evidence: Mapping[str, str]
+) -> Iterator[Switch]:
     """Hold a target for the duration of the block, and yield what switches it.
 
     The block should end with what must agree with the target (the alias in MLflow): until then nobody else deploys.
@@ -36,13 +39,14 @@ def held(target: Target, store: Store, owner: str, rollout: Rollout, patience: P
         store: where the models lie.
         owner: who we are, for others to read.
         rollout, patience: the settings for `kserve`.
+        evidence: what is told of the model in the message of a commit, for `git`.
 
     Raises:
         Busy: another deploy holds it.
         DeployError, DeployRefused, StorageError, IntegrityError, InputError: from the switch, as the target has them.
     """
     if target.kind != "kserve":
-        yield lambda model, folder: _switch(target, store, model)
+        yield lambda model, folder: _switch(target, store, model, {**evidence, "Deployed-by": owner})
         return
     api = InferenceServiceApi(target.namespace, target.name)
     with Lease(api, owner, patience.lease) as lease:
@@ -54,6 +58,10 @@ def held(target: Target, store: Store, owner: str, rollout: Rollout, patience: P
         yield switch
 
 
-def _switch(target: Target, store: Store, model: ModelFolder) -> None:
+def _switch(target: Target, store: Store, model: ModelFolder, evidence: Mapping[str, str]) -> None:
+    prefix = model_prefix(model.name, model.version)
     if target.kind == "dir":
-        place(Path(target.path), store, model_prefix(model.name, model.version), model)
+        place(Path(target.path), store, prefix, model)
+    elif target.kind == "git":
+        uri, credentials = store.uri(prefix).rstrip("/"), Path(store.settings.git_credentials)
+        commit(target.repository, target.branch, target.path, model, uri, evidence, credentials)

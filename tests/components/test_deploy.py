@@ -337,6 +337,10 @@ def test_refuse_does_not_take_a_promotion(world: World) -> None:
         ("none", Target()),
         ("dir:/srv/models", Target("dir", path="/srv/models")),
         ("kserve:models/entrance", Target("kserve", namespace="models", name="entrance")),
+        (
+            "git:git@example.org:team/models.git#env/prod:entrance/service.yaml",
+            Target("git", "entrance/service.yaml", "", "", "git@example.org:team/models.git", "env/prod"),
+        ),
     ],
 )
 def test_targets_are_read(text: str, parsed: Target) -> None:
@@ -354,7 +358,13 @@ def test_targets_are_read(text: str, parsed: Target) -> None:
         ("kserve:Models/entrance", "namespace 'Models'"),
         ("kserve:models/entrance_1", "name 'entrance_1'"),
         (f"kserve:models/{'a' * 60}", "at most 53 characters"),
-        ("git:https://example.org/repo#main:path", "planned but not there yet"),
+        ("git:https://example.org/repo", "lacks repository, branch or path"),
+        ("git:https://user:s3cret@example.org/repo#main:a.yaml", "holds credentials, and parameters are logged"),
+        ("git:ext::sh -c evil#main:a.yaml", "is not one that we know"),
+        ("git:--upload-pack=evil#main:a.yaml", "is not one that we know"),
+        ("git:https://example.org/repo#-f:a.yaml", "branch '-f'"),
+        ("git:https://example.org/repo#main:../a.yaml", "is not a YAML file of the repository"),
+        ("git:https://example.org/repo#main:.git/config", "is not a YAML file of the repository"),
         ("ftp://somewhere", "cannot be read"),
         ("none:x", "cannot be read"),
     ],
