@@ -56,7 +56,8 @@ def _custom_resources(documents: list[dict[str, Any]]) -> dict[str, str]:
     pipeline = {
         "apiVersion": "pipelines.kubeflow.org/v2beta1",
         "kind": "Pipeline",
-        "metadata": {"name": name, "labels": labels},
+        # Pipelines refuses a version whose pipeline is not there yet, and Argo CD applies objects of one wave in any order.
+        "metadata": {"name": name, "labels": labels, "annotations": {"argocd.argoproj.io/sync-wave": "-1"}},
         "spec": {"displayName": name, "description": documents[0]["pipelineInfo"]["description"]},
     }
     spec = {"pipelineName": name, "displayName": f"{name} {_VERSION}", "pipelineSpec": documents[0]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from .scheduling import Schedule, recur
 __all__ = ["Package", "Submitted", "schedule_training", "submit_training"]
 
 _DIGEST = 12  # hex digits in a version's name
+_LOOKS, _PAUSE = 10, 0.5  # seconds between looks for a version that somebody else uploads
 
 
 @dataclass(frozen=True)
@@ -192,10 +194,13 @@ def _version(api: Kubeflow, package: Package) -> tuple[Version, bool]:
     try:
         return api.upload(package.path, pipeline_id, package.version, package.description), True
     except SubmitError as error:
-        version = known() if error.status == 409 else None  # somebody submits the same at this moment
-        if version is None:
-            raise
-        return version, False
+        # Somebody submits the same at this moment; a server that keeps pipelines as objects lists it a little later.
+        for _ in range(_LOOKS if error.status == 409 else 0):
+            version = known()
+            if version:
+                return version, False
+            time.sleep(_PAUSE)
+        raise
 
 
 def _check(parameters: Mapping[str, Any], package: Package) -> None:

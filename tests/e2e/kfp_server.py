@@ -12,6 +12,7 @@ starts stays an Argo Workflow or a ScheduledWorkflow that nobody acts on.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from api_server import ApiServer
+from certificates import write_certificate
 
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
@@ -30,6 +32,8 @@ __all__ = ["KfpServer", "MariaDb", "why_absent"]
 
 VERSION = "2.17.0"
 BINARY = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "haechi" / f"kfp-apiserver-{VERSION}"
+_ADMISSION, _WEBHOOK = "admissionregistration.k8s.io/v1", "pipelineversions.pipelines.kubeflow.org"
+_WEBHOOKS = (("MutatingWebhookConfiguration", "mutate"), ("ValidatingWebhookConfiguration", "validate"))
 
 
 def why_absent() -> str:
@@ -92,19 +96,24 @@ class KfpServer(Server):
         objects: bool = False,
     ) -> None:
         super().__init__(workdir)
-        self._objects = objects
+        self._objects, self._certificate = objects, self.workdir / "webhook.pem"
         self._database, self._cluster, self._settings, self._many = MariaDb(workdir), cluster, settings, multi_user
 
     def start(self) -> None:
         Store(self._settings).ensure_bucket()
+        write_certificate(self._certificate)
         self._database.start()
         try:
             super().start()
         except BaseException:
             self._database.stop()
             raise
+        for kind, verb in _WEBHOOKS if self._objects else ():
+            self._cluster.apply(self._webhook(kind, verb))
 
     def stop(self) -> None:
+        for kind, _ in _WEBHOOKS if self._objects else ():
+            self._cluster.request("DELETE", f"/apis/{_ADMISSION}/{kind.lower()}s/{_WEBHOOK}")
         super().stop()
         self._database.stop()
 
@@ -130,7 +139,9 @@ class KfpServer(Server):
         }
         command = [str(BINARY), f"--config={self.workdir}", f"--httpPortFlag=:{self.port}", f"--rpcPortFlag=:{grpc}"]
         if self._objects:
-            command += ["--pipelinesStoreKubernetes=true", "--disableWebhook=true"]
+            (self._hook,) = free_ports(1)
+            command += ["--pipelinesStoreKubernetes=true", f"--webhookPortFlag=:{self._hook}"]
+            command += [f"--webhookTLS{part}Path={self._certificate}" for part in ("Cert", "Key")]
         return [*command, "--logtostderr=true"], env, []
 
     def _config(self) -> dict[str, Any]:
@@ -154,6 +165,23 @@ class KfpServer(Server):
             "DEFAULTPIPELINERUNNERSERVICEACCOUNT": "pipeline-runner",
             "CacheEnabled": "true",
         }
+
+    def _webhook(self, kind: str, verb: str) -> dict[str, Any]:
+        """As upstream's manifests have it, but by address and for the namespace kubeflow only."""
+        rule = {"apiGroups": ["pipelines.kubeflow.org"], "apiVersions": ["v2beta1"], "resources": ["pipelineversions"]}
+        hook = {
+            "name": _WEBHOOK,
+            "rules": [rule | {"operations": ["CREATE", "UPDATE"], "scope": "Namespaced"}],
+            "admissionReviewVersions": ["v1"],
+            "sideEffects": "None",
+            "failurePolicy": "Fail",
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kubeflow"}},
+            "clientConfig": {
+                "url": f"https://127.0.0.1:{self._hook}/webhooks/{verb}-pipelineversion",
+                "caBundle": base64.b64encode(self._certificate.read_bytes()).decode(),
+            },
+        }
+        return {"apiVersion": _ADMISSION, "kind": kind, "metadata": {"name": _WEBHOOK}, "webhooks": [hook]}
 
     def ready(self) -> bool:
         try:

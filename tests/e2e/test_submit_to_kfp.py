@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import kfp_server_api
 import pytest
 import yaml
 from api_server import ApiServer
@@ -262,9 +264,27 @@ def test_pipelines_from_git_run_and_are_scheduled_beside_those_that_are_submitte
     assert api.server.store == "kubernetes"
     [version] = api.versions(api.pipeline("training", ""))
     assert version.name == body["metadata"]["name"]
+    wanted = kfp_server_api.V2beta1Run(
+        display_name="from git",
+        experiment_id=api.experiment("training"),
+        pipeline_version_reference=kfp_server_api.V2beta1PipelineVersionReference(
+            pipeline_id=version.pipeline_id, pipeline_version_id=version.version_id
+        ),
+    )
+    assert len(made(cluster, "workflows", "kubeflow", api.start(wanted))) == 1
+
     done = submit_training(api, {"seed": 5})
-    assert done.uploaded
-    kept = cluster.get("/apis/pipelines.kubeflow.org/v2beta1/namespaces/kubeflow/pipelineversions")["items"]
-    assert sorted(row["metadata"]["name"] for row in kept) == sorted([version.name, done.version])
-    assert len(made(cluster, "workflows", "kubeflow", done.id)) == 1
+    assert done.uploaded and not submit_training(api, {"seed": 6}).uploaded
+    assert [row.name for row in api.versions(version.pipeline_id)] == [done.version, version.name]
     assert schedule_training(api, {"name": "from-git"}, Schedule(seconds=3600)).change == "created"
+
+    # What the manifests say of an object: a changed pipeline needs a new name.
+    body["spec"]["pipelineSpec"]["root"]["inputDefinitions"]["parameters"]["seed"]["defaultValue"] = 9
+    with pytest.raises(AssertionError, match="immutable"):
+        cluster.apply(body, manager="argocd")
+    body["metadata"]["name"] = body["spec"]["displayName"] = "training-0-1-0-production-2"
+    cluster.apply(body, manager="argocd")
+    deadline = time.monotonic() + 20  # the server learns of objects by watching
+    while body["metadata"]["name"] not in [row.name for row in api.versions(version.pipeline_id)]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from certificates import write_certificate
 from kfp_stand_in import Fault, KfpStandIn, Refused, check, make_token
 
 from haechi.components.shared.errors import InputError
@@ -150,6 +151,14 @@ def test_two_who_upload_at_the_same_moment_share_the_version(api: KfpStandIn) ->
     server.versions = late  # type: ignore[method-assign]
     done = submit_training(server, {}, package=package)
     assert (done.uploaded, len(api.versions), len(api.runs)) == (False, 1, 1)
+
+
+def test_a_refused_upload_that_nobody_else_made_is_an_error(api: KfpStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submitting, "_PAUSE", 0.0)
+    api.faults.append(Fault("upload_version", 409, "{}"))
+    with pytest.raises(SubmitError, match="did not take the version"):
+        submit_training(connect(api), {})
+    assert api.runs == []
 
 
 def test_experiment_and_service_account_are_as_given(api: KfpStandIn) -> None:
@@ -462,32 +471,7 @@ def test_a_name_that_does_not_resolve_is_told() -> None:
 @pytest.fixture
 def https(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """A server with a certificate that nobody knows, and the file with that certificate."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    import datetime
-
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), False)
-        .sign(key, hashes.SHA256())
-    )
-    path, secret = tmp_path / "ca.pem", tmp_path / "key.pem"
-    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    secret.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
+    path = write_certificate(tmp_path / "server.pem")
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -500,7 +484,7 @@ def https(tmp_path: Path) -> Iterator[tuple[str, Path]]:
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path, secret)
+    context.load_cert_chain(path)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
