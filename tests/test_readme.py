@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from haechi.components.shared.images import encode_jpeg
 from haechi.pipelines import cli
 from haechi.pipelines.parameters import run_parameters
+from tests.serving_process import running
+from tests.tiny_models import tiny_model_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,14 +49,25 @@ def test_an_applied_folder_is_a_kustomization(line: str) -> None:
     assert (ROOT / words[words.index("-k") + 1] / "kustomization.yaml").is_file()
 
 
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("curl ")])
+def test_a_curl_command_is_answered(line: str, tmp_path: Path) -> None:
+    tiny_model_folder(tmp_path / "model", ["smoke", "fire"], name="safety")
+    (tmp_path / "porch.jpg").write_bytes(encode_jpeg(np.full((90, 160, 3), 200, dtype=np.uint8)))
+    with running(tmp_path / "model") as server:
+        words = shlex.split(line.replace(":8080/", f":{server.http}/"), comments=True)
+        done = subprocess.run([*words, "--silent", "--fail"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["predictions"][0]["width"] == 160
+
+
 def test_no_command_is_left_untested() -> None:
-    known = re.compile(r"make |\.venv/bin/haechi |kubectl apply |kubectl create secret ")
+    known = re.compile(r"make |\.venv/bin/haechi |kubectl apply |kubectl create secret |curl ")
     assert [line for line in COMMANDS if not known.match(line)] == []
 
 
 def test_the_tree_names_what_exists() -> None:
     text = (ROOT / "README.md").read_text()
-    for name in ("components", "pipelines", "images/serving", "manifests", "docs", "tests"):
+    for name in ("components", "pipelines", "images", "manifests", "docs", "tests"):
         assert f"{name}/" in text
         assert (ROOT / name).is_dir()
     for path in re.findall(r"`((?:components|pipelines|docs|manifests)/[\w./-]+)`", text):
