@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_BYTES",
     "MAX_PIXELS",
+    "MAX_SIDE",
     "ImageHeader",
     "NearDuplicates",
     "Signature",
@@ -40,6 +42,7 @@ Pixels = NDArray[np.uint8]
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 80_000_000  # a 20,000×20,000 picture (1.2 GB of RGB) is refused from its header alone
+MAX_SIDE = 65_535  # of a JPEG; Pillow keeps a pointer a row and pads rows, so that 1×40,000,000 would take 1 GB
 
 # Formats that cameras and labelling tools write, and the extension under which their frames are kept.
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp", "WEBP": "webp", "TIFF": "tif"}
@@ -56,8 +59,12 @@ _READERS: dict[str, type[ImageFile.ImageFile]] = {
 }
 # Encoders write about ten; thousands of empty ones make a small file cost minutes.
 _MAX_SCANS = 100
+# Pixels that are decoded at the same time, all threads together: on the way to RGB some formats take 12 bytes each.
+_TOGETHER = 48_000_000
+_BAND = 2**20  # pixels that are converted at a time
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
+_RUN_LENGTHS = (1, 2)  # BITMAPINFOHEADER's biCompression: BI_RLE8 and BI_RLE4
 _EXIF_ORIENTATION = 0x0112
 _EXIF_DATETIME = 0x0132
 _EXIF_IFD = 0x8769
@@ -74,7 +81,6 @@ class ImageHeader:
         frames: 1, or 2 for more: an animation or a multi-page file.
         orientation: EXIF orientation, 1 to 8; 1 where absent.
         captured_at: EXIF capture time (taken as UTC), or None.
-        progressive: whether a JPEG's pixels come in many scans.
     """
 
     format: str
@@ -83,7 +89,6 @@ class ImageHeader:
     frames: int
     orientation: int
     captured_at: datetime | None
-    progressive: bool = False
 
     @property
     def extension(self) -> str:
@@ -116,8 +121,7 @@ def read_header(data: bytes) -> ImageHeader:
         # Pillow turns a TIFF by itself and tells the turned size.
         if orientation >= 5 and image.format != "TIFF":
             width, height = height, width
-        progressive = "progressive" in image.info
-        return ImageHeader(str(image.format), width, height, _frames(image), orientation, taken, progressive)
+        return ImageHeader(str(image.format), width, height, _frames(image), orientation, taken)
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
@@ -140,18 +144,50 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
         raise InputError(
             f"the image is {header.width}x{header.height}, more than {limit} pixels", "Scale it down before sending."
         )
+    if max(header.width, header.height) > MAX_SIDE:
+        raise InputError(f"the image is {header.width}x{header.height}", f"Send sides of up to {MAX_SIDE} pixels.")
     if header.frames > 1:
         raise InputError("the image has more than one frame", "Send single frames, not animations or pages.")
-    if header.progressive and _too_many_scans(data):
+    # Sequential ones too: a component may be sent again and again.
+    if header.format == "JPEG" and _too_many_scans(data):
         raise InputError(f"the JPEG has more than {_MAX_SCANS} scans", "Save it again with an ordinary encoder.")
-    pixels = _decode_jpeg(data, limit) if header.format == "JPEG" else None
-    if pixels is None:
-        pixels = _decode_any(data, limit)
-    if header.format != "TIFF":
-        pixels = _upright(pixels, header.orientation)
+    with _turns.of(header.width * header.height):
+        pixels = _decode_jpeg(data, limit) if header.format == "JPEG" else None
+        if header.format == "WEBP":
+            pixels = _decode_webp(data)
+        if pixels is None:
+            pixels = _decode_any(data, limit)
+        if header.format != "TIFF":
+            pixels = _upright(pixels, header.orientation)
     if pixels.shape != (header.height, header.width, 3):
         raise InputError("the image's header and its pixels disagree in size", "Upload the frame again.")
     return pixels
+
+
+class _Turns:
+    """Lets threads decode side by side as long as their pictures are small, and large ones one after the other."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._taken = 0
+        self._order = threading.Lock()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def of(self, pixels: int) -> Iterator[None]:
+        """Wait for room; in turn, so that small pictures do not keep a large one waiting for ever."""
+        with self._order, self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + pixels <= self._most)
+            self._taken += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= pixels
+                self._changed.notify()
+
+
+_turns = _Turns(_TOGETHER)
 
 
 @contextmanager
@@ -225,6 +261,17 @@ def _strict_jpeg(data: bytes) -> Pixels:
     return pixels
 
 
+def _decode_webp(data: bytes) -> Pixels:
+    """libwebp's decode through OpenCV: the same pixels as through Pillow, in a third of the memory."""
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as error:
+        raise InputError(f"the WEBP is damaged ({error})", "Upload the frame again.") from error
+    if pixels is None:
+        raise InputError("the WEBP is damaged", "Upload the frame again.")
+    return np.asarray(pixels, dtype=np.uint8)
+
+
 def _too_many_scans(data: bytes) -> bool:
     """Whether a JPEG's pixels are gone through too often; embedded pictures and what follows the end do not count."""
     # The bytes of a marker also occur by chance, but seldom a hundred times.
@@ -247,16 +294,30 @@ def _decode_any(data: bytes, limit: int) -> Pixels:
             tile = image.tag_v2.get(_TILE_WIDTH, 0) * image.tag_v2.get(_TILE_LENGTH, 0)
             if tile > limit:
                 raise InputError(f"the TIFF's tiles have more than {limit} pixels", "Write smaller tiles, or none.")
+        if image.format == "BMP" and image.info.get("compression") in _RUN_LENGTHS:
+            # Pillow decodes them in Python, and a kilobyte of line ends keeps it busy for seconds.
+            raise InputError("the BMP is run-length coded", "Save it without compression, or as PNG.")
         if image.mode in ("I", "F"):
             raise InputError("the image has 32-bit samples, whose range is unknown", "Send 8 or 16 bits a sample.")
         if image.mode.startswith("I;16"):
             # The high byte, as Pillow takes it of 16-bit colour.
             grey = (np.asarray(image) >> 8).astype(np.uint8)
             return np.repeat(grey[:, :, None], 3, axis=2)
+        return _rgb(image)
+
+
+def _rgb(image: Image.Image) -> Pixels:
+    """A picture of any other mode as RGB, band by band: Pillow needs several copies of what it converts."""
+    image.load()  # turns a TIFF, so its size is told afterwards
+    width, height = image.size
+    pixels = np.empty((height, width, 3), dtype=np.uint8)
+    rows = max(1, _BAND // width)
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(height, top + rows)))
         # Straight to RGB, Pillow warns of a palette with transparency.
-        picture = image.convert("RGBA") if image.mode in ("P", "PA") else image
-        # Even from RGB to RGB, Pillow copies.
-        return np.ascontiguousarray(np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB")))
+        band = band.convert("RGBA") if band.mode in ("P", "PA") else band
+        pixels[top : top + rows] = np.asarray(band if band.mode == "RGB" else band.convert("RGB"))
+    return pixels
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:

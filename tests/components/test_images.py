@@ -8,9 +8,11 @@ import resource
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,10 @@ from haechi.components.shared.errors import InputError
 from haechi.components.shared.images import (
     MAX_BYTES,
     MAX_PIXELS,
+    MAX_SIDE,
     NearDuplicates,
     Signature,
+    _Turns,
     decode,
     encode_jpeg,
     read_header,
@@ -438,6 +442,71 @@ def test_a_progressive_jpeg_has_so_many_scans_and_no_more() -> None:
     with pytest.raises(InputError, match="more than 100 scans"):
         decode(bomb)
     assert time.process_time() - begun < 1  # 13 s where it is decoded
+
+
+def test_a_sequential_jpeg_has_no_thousand_scans_either() -> None:
+    plain = encoded(Image.new("RGB", (2000, 2000)), "JPEG", subsampling=0)
+    scan = b"\xff\xda" + struct.pack(">H", 8) + bytes([1, 1, 0, 0, 63, 0])  # one colour of three, and nothing of it
+    begun = time.process_time()
+    with pytest.raises(InputError, match="more than 100 scans"):
+        decode(plain[: plain.index(b"\xff\xda")] + scan * 20_000 + b"\xff\xd9")
+    assert time.process_time() - begun < 1  # 10 s where it is decoded
+
+
+def run_length_bmp(width: int, height: int, code: bytes) -> bytes:
+    """A BMP of 8 bits with a run-length code for its pixels."""
+    start = 14 + 40 + 4 * 256
+    head = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(code), 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", start + len(code), 0, 0, start) + head + bytes(4 * 256) + code
+
+
+def test_a_kilobyte_of_run_lengths_costs_no_seconds() -> None:
+    begun = time.process_time()
+    with pytest.raises(InputError, match="run-length"):
+        decode(run_length_bmp(5000, 5000, b"\x01\x05\x00\x00" * 5000))
+    assert time.process_time() - begun < 0.5
+
+
+@pytest.mark.parametrize("size", [(1, MAX_SIDE + 1), (MAX_SIDE + 1, 1)], ids=str)
+def test_a_line_longer_than_any_jpeg_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(InputError, match=f"sides of up to {MAX_SIDE} pixels"):
+        decode(encoded(Image.new("L", size), "PNG"))
+    longest = (min(size[0], MAX_SIDE), min(size[1], MAX_SIDE))
+    assert decode(encoded(Image.new("L", longest), "PNG")).shape == (longest[1], longest[0], 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA"])
+def test_pictures_of_several_bands_are_whole(mode: str, kind: str) -> None:
+    if (kind, mode) == ("TIFF", "LA"):
+        return
+    noise = np.random.default_rng(7).integers(0, 256, (1500, 900, 4), dtype=np.uint8)
+    picture = (
+        Image.fromarray(noise).convert("RGB").quantize(50) if mode == "P" else Image.fromarray(noise).convert(mode)
+    )
+    written = encoded(picture, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
+    assert np.array_equal(decode(written), np.asarray(picture.convert("RGB")))
+
+
+def test_large_pictures_are_decoded_one_after_the_other() -> None:
+    turns, most, at_hand, lock = _Turns(10), [0], [0], threading.Lock()
+
+    def work(pixels: int) -> None:
+        with turns.of(pixels):
+            with lock:
+                at_hand[0] += pixels
+                most[0] = max(most[0], at_hand[0])
+            time.sleep(0.01)
+            with lock:
+                at_hand[0] -= pixels
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, [4, 4, 8, 1, 30, 2, 8, 4, 4, 2] * 3))
+    assert most == [30]  # alone, as it would never fit
+    with ThreadPoolExecutor(6) as pool:
+        most[0] = 0
+        list(pool.map(work, [4] * 30))
+    assert most == [8]
 
 
 def test_a_tile_larger_than_any_picture_is_refused() -> None:
