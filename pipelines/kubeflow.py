@@ -221,6 +221,8 @@ class Kubeflow:
 def _configuration(settings: KubeflowSettings) -> kfp_server_api.Configuration:
     configuration = kfp_server_api.Configuration(host=settings.host)
     configuration.ssl_ca_cert = settings.ca_file or None
+    # A login page is found by following; what cannot be reached is told at once, without urllib3's warnings.
+    configuration.retries = urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5)
     if settings.bearer():
 
         def renew(target: kfp_server_api.Configuration) -> None:

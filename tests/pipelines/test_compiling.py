@@ -115,3 +115,12 @@ def test_the_objects_fit_the_custom_resource_schemas(name: str, schema: str) -> 
     if not path.is_file():
         pytest.skip(f"the schema is not present at {path}")
     jsonschema.validate(yaml.safe_load((COMPILED / name).read_text()), json.loads(path.read_text()))
+
+
+def test_argo_cd_makes_the_pipeline_before_its_versions() -> None:
+    waves = [
+        int(yaml.safe_load((COMPILED / name).read_text())["metadata"].get("annotations", {}).get(key, 0))
+        for key in ["argocd.argoproj.io/sync-wave"]
+        for name in ("pipeline.yaml", "pipelineversion.yaml")
+    ]
+    assert waves[0] < waves[1]

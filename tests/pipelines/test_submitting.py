@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import ssl
 import threading
@@ -19,11 +20,12 @@ from kfp_stand_in import Fault, KfpStandIn, Refused, check, make_token
 
 from haechi.components.shared.errors import InputError
 from haechi.pipelines import submitting
-from haechi.pipelines.cli import main
+from haechi.pipelines.cli import build_parser, main
 from haechi.pipelines.compiling import COMPILED
 from haechi.pipelines.kubeflow import Kubeflow
 from haechi.pipelines.kubeflow_errors import RunFailed, SubmitError, token_fault
 from haechi.pipelines.kubeflow_settings import KubeflowSettings
+from haechi.pipelines.parameters import run_parameters
 from haechi.pipelines.scheduling import Schedule
 from haechi.pipelines.submitting import Package
 from haechi.pipelines.watching import watch
@@ -458,9 +460,10 @@ def test_an_address_without_the_api_is_told(api: KfpStandIn) -> None:
         Kubeflow(KubeflowSettings(host=f"{api.host}/pipeline"))
 
 
-def test_an_api_that_is_away_is_told_with_its_address() -> None:
+def test_an_api_that_is_away_is_told_with_its_address_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(SubmitError, match=r"127\.0\.0\.1:9 cannot be reached.*port-forward"):
         Kubeflow(KubeflowSettings(host="http://127.0.0.1:9"))
+    assert caplog.records == []
 
 
 def test_a_name_that_does_not_resolve_is_told() -> None:
@@ -563,3 +566,19 @@ def test_the_package_that_ships_is_found_after_a_move(tmp_path: Path) -> None:
     moved, shipped = Package.read(tmp_path / "training.yaml"), PACKAGE
     assert (moved.version, moved.name) == (shipped.version, "training")
     assert {"resolve", "train", "deploy", "refuse"} <= set(moved.steps)
+
+
+def documented() -> list[list[str]]:
+    text = (Path(__file__).parents[2] / "docs" / "submitting.md").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.startswith(".venv/bin/haechi submit")]
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def test_the_documented_commands_are_what_the_command_line_takes() -> None:
+    assert len(documented()) >= 3
+    for words in documented():
+        arguments = build_parser().parse_args(words)
+        parameters = run_parameters(arguments.preset, arguments.set)
+        assert set(parameters) <= set(PACKAGE.parameters)
+        if arguments.cron or arguments.every:
+            Schedule.parse(arguments.cron, arguments.every)
