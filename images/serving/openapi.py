@@ -65,7 +65,10 @@ def _v1(model: str, guarded: bool) -> _Table:
     predictions = [{"detections": [row], "width": 320, "height": 320}]
     answer = {"predictions": predictions, "model_name": model, "model_version": "0123456789ab"}
     instances = [{"image": {"b64": EXAMPLE_IMAGE}}]
-    examples = {"image": {"instances": instances}, "limits": {"instances": instances, "parameters": {"conf": 0.4}}}
+    examples: dict[str, _Table] = {
+        "image": {"instances": instances},
+        "limits": {"instances": instances, "parameters": {"conf": 0.4}},
+    }
     return {
         "/v1/models": _get("models", "Names of the models", "ModelNames", {"models": [model]}, (), guarded),
         "/v1/models/{name}": _get(
