@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
 from functools import partial
 
 from starlette.applications import Starlette
@@ -15,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from haechi.components.shared.errors import HaechiError, OverloadError
+from haechi.components.shared.errors import HaechiError
 
 from .service import REQUEST_ID, Call, Role, Service
 from .v1 import v1_answer, v1_request
@@ -23,18 +22,10 @@ from .v1 import v1_answer, v1_request
 __all__ = ["MAX_BODY", "allow", "bounded_body", "call_of", "create_app", "service_of"]
 
 MAX_BODY = 64 * 2**20
-_HELD = 8  # times the limit of one body: what bodies that are still arriving may take, all connections together
 _BODY_SECONDS = 60.0
 _ALSO = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Held:
-    """How many bytes of bodies that are still arriving this process holds; only the event loop touches it."""
-
-    bytes: int = 0
 
 
 def create_app(service: Service, max_body: int = MAX_BODY, more: tuple[BaseRoute, ...] = ()) -> ASGIApp:
@@ -60,7 +51,6 @@ def create_app(service: Service, max_body: int = MAX_BODY, more: tuple[BaseRoute
     app.router.redirect_slashes = False
     app.state.service = service
     app.state.max_body = max_body
-    app.state.held = _Held()
     return _Watched(app, service)
 
 
@@ -171,24 +161,21 @@ async def bounded_body(request: Request) -> bytes:
         raise _too_large(most)
     parts: list[bytes] = []
     size = 0
-    held = request.app.state.held
+    call, service = call_of(request), service_of(request)
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             async for part in request.stream():
                 size += len(part)
                 if size > most:
                     raise _too_large(most)
-                held.bytes += len(part)
+                service.hold(call, len(part))
                 parts.append(part)
-                if held.bytes > _HELD * most:
-                    raise OverloadError(f"the server holds {held.bytes} bytes of bodies", "Try again in a moment.")
     except TimeoutError:
         raise HTTPException(408, f"the body did not arrive within {_BODY_SECONDS:.0f} s") from None
     except ClientDisconnect:
         raise HTTPException(400, "the client went away") from None
     finally:
-        held.bytes -= sum(map(len, parts))
-        call_of(request).bytes_in = size
+        call.bytes_in = size
     return b"".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haechi.components.shared.detections import Letterbox
-from haechi.components.shared.errors import InputError, NotFoundError, NotReadyError
+from haechi.components.shared.errors import DeadlineError, InputError, NotFoundError, NotReadyError
 from haechi.components.shared.images import decode
 from haechi.components.shared.model_folder import ModelFolder
 
@@ -72,13 +73,22 @@ class Engine:
         gathering = 2 * self.batch if self.batch > 1 else 0
         self.workers = settings.workers or min(_MOST_WORKERS, max(self.backend.streams, gathering))
 
-    def predict(self, request: InferenceRequest, stages: Stages | None = None) -> list[Prediction]:
+    def predict(
+        self, request: InferenceRequest, stages: Stages | None = None, given_up: threading.Event | None = None
+    ) -> list[Prediction]:
         """Detect in the images of a request; blocks, so call it in a thread.
 
+        Args:
+            request: the images, and what it chooses for itself.
+            stages: told how long each part takes.
+            given_up: set once nobody waits for the answer any more; looked at before each image.
+
         Raises:
+            DeadlineError: it was set.
             InputError: an image cannot be decoded (its place is named where there are several), or a class is unknown.
         """
         stages = Stages() if stages is None else stages
+        given_up = given_up or threading.Event()
         wanted = request.parameters
         limits = _limits(self.model, wanted)
         lower = [max(MIN_CONF, limit - self._margin) for limit in limits]
@@ -87,7 +97,7 @@ class Engine:
         for start in range(0, len(request.images), _CHUNK):
             with stages.timed("decode"):
                 prepared = [
-                    self._prepare(image, place if len(request.images) > 1 else -1)
+                    self._prepare(image, place if len(request.images) > 1 else -1, given_up)
                     for place, image in enumerate(request.images[start : start + _CHUNK], start)
                 ]
             with stages.timed("infer"):
@@ -104,7 +114,9 @@ class Engine:
                     found.append(Prediction(detections, placed.width, placed.height, below))
         return found
 
-    def _prepare(self, image: Image, place: int) -> tuple[NDArray[np.uint8], Letterbox]:
+    def _prepare(self, image: Image, place: int, given_up: threading.Event) -> tuple[NDArray[np.uint8], Letterbox]:
+        if given_up.is_set():
+            raise DeadlineError("nobody waits for the answer any more", "Send fewer images, or allow more time.")
         try:
             return self._detector.prepare(_pixels(image, self._max_pixels))
         except InputError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -18,11 +19,15 @@ from haechi.components.shared.errors import NotFoundError
 from .engine import Models
 from .service import Call
 
-__all__ = ["HEALTH", "REFLECTION", "Health", "Reflection", "reflected"]
+__all__ = ["HEALTH", "OPEN_STREAMS", "REFLECTION", "Health", "Reflection", "reflected"]
 
 HEALTH: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 REFLECTION: str = reflection.SERVICE_NAME
 _LOOK_SECONDS = 0.5
+_WATCHERS = 24
+_REFLECTIONS = 8
+OPEN_STREAMS = _WATCHERS + _REFLECTIONS  # at the same time; they need no key, and must not take the places of others
+_MAX_NAME = 256  # characters; a watcher's question is kept as long as it watches
 _REFLECTION_SECONDS = 30.0  # a forgotten stream must not hold a place, or the drain, for longer
 
 _Status = health_pb2.HealthCheckResponse
@@ -40,6 +45,7 @@ class Health:
         self._models = models
         self._whole = ("", place)
         self._leaving = asyncio.Event()
+        self._watchers = 0
 
     def leave(self) -> None:
         """Serve no more; those who watch are told, and let go."""
@@ -59,18 +65,24 @@ class Health:
 
     async def watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Its status, and each other one that it comes to."""
+        if len(request.service) > _MAX_NAME:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no name has more than {_MAX_NAME} characters")
+        if self._watchers >= _WATCHERS:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_WATCHERS} watch already; ask with Check")
         told = None
-        while True:
-            if (status := self._status(request.service)) != told:
-                told = status
-                yield _Status(status=status)
-            if self._leaving.is_set():
-                return
-            try:
-                async with asyncio.timeout(_LOOK_SECONDS):
-                    await self._leaving.wait()
-            except TimeoutError:
-                pass
+        self._watchers += 1
+        try:
+            while True:
+                if (status := self._status(request.service)) != told:
+                    told = status
+                    yield _Status(status=status)
+                if self._leaving.is_set():
+                    return
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_SECONDS):
+                        await self._leaving.wait()
+        finally:
+            self._watchers -= 1
 
     def _status(self, name: str) -> int:
         whole = name in self._whole
@@ -90,6 +102,7 @@ class Reflection:
 
     def __init__(self, names: Sequence[str], pool: DescriptorPool) -> None:
         self._answers = reflection.aio.ReflectionServicer(names, pool=pool)
+        self._open = 0
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register it."""
@@ -97,12 +110,17 @@ class Reflection:
 
     async def ServerReflectionInfo(self, requests: Any, context: Any) -> AsyncIterator[Any]:
         """Answer the questions of one stream."""
+        if self._open >= _REFLECTIONS:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_REFLECTIONS} streams are open already")
+        self._open += 1
         try:
             async with asyncio.timeout(_REFLECTION_SECONDS):
                 async for answer in self._answers.ServerReflectionInfo(requests, context):
                     yield answer
         except TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"the stream was open {_REFLECTION_SECONDS:.0f} s")
+        finally:
+            self._open -= 1
 
 
 def reflected(file: Any, methods: Collection[str]) -> DescriptorPool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from operator import methodcaller
 from typing import Any
@@ -21,7 +21,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from haechi.components.shared.errors import DeadlineError, HaechiError, InputError, NotReadyError, OverloadError
 
-from .grpc_health import HEALTH, REFLECTION, Health, Reflection, reflected
+from .grpc_health import HEALTH, OPEN_STREAMS, REFLECTION, Health, Reflection, reflected
 from .inference import InferenceRequest
 from .metadata import model_metadata, server_metadata
 from .service import REQUEST_ID, Call, Role, Service
@@ -32,7 +32,8 @@ from .wire import check_size
 __all__ = ["GrpcSide"]
 
 _INFERENCE = "inference.GRPCInferenceService"
-_SPARE = 64  # RPCs at the same time beyond those that the pool takes: probes, and messages that still arrive
+_SPARE = 64  # RPCs at the same time beyond those of the pool, those whose message still arrives, and open streams
+_ARRIVING = 64
 _MESSAGE_SECONDS = 60.0
 _DETAILS = 1000  # characters of an error; the trailer that carries it may have 8 KiB
 _CODES = {
@@ -48,6 +49,7 @@ _CODES = {
 
 _Message = Any  # protobuf's, which have no types of their own here
 _Context = Any  # grpc.aio.ServicerContext
+_Messages = Any  # its iterator of bytes, whose own iterator is a generator
 _Read = Callable[[], Awaitable[_Message]]
 _Work = Callable[[Call, _Read, _Context], Awaitable[_Message]]
 _Methods = dict[str, tuple[Any, _Work]]
@@ -83,10 +85,11 @@ class GrpcSide:
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
             ],
-            maximum_concurrent_rpcs=service.pool.workers + service.pool.queue + _SPARE,
+            maximum_concurrent_rpcs=service.pool.workers + service.pool.queue + _ARRIVING + OPEN_STREAMS + _SPARE,
         )
-        inference = _Inference(service, swapper).handlers()
-        check = _Unary(service, HEALTH, "Check", HealthCheckRequest, self._health.check).handler()
+        arriving = _Arriving()
+        inference = _Inference(service, arriving, swapper).handlers()
+        check = _Unary(service, arriving, HEALTH, "Check", HealthCheckRequest, self._health.check).handler()
         health = {
             "Check": check,
             "Watch": grpc.unary_stream_rpc_method_handler(
@@ -109,6 +112,34 @@ class GrpcSide:
         await self._server.stop(seconds)
 
 
+class _Arriving:
+    """Messages that are waited for: where there are too many, the one that has taken longest is given up.
+
+    So that nobody who opens RPCs and sends nothing can keep probes and others out.
+    """
+
+    def __init__(self, most: int = _ARRIVING) -> None:
+        self._most = most
+        self._limits: dict[asyncio.Timeout, None] = {}
+
+    async def wait(self, message: Awaitable[bytes]) -> bytes:
+        """The message.
+
+        Raises:
+            TimeoutError: it took too long, or longest of too many.
+        """
+        async with asyncio.timeout(_MESSAGE_SECONDS) as limit:
+            self._limits[limit] = None
+            if len(self._limits) > self._most:
+                oldest = next(iter(self._limits))
+                del self._limits[oldest]
+                oldest.reschedule(0)
+            try:
+                return await message
+            finally:
+                self._limits.pop(limit, None)
+
+
 class _Unary:
     """An RPC of one message for one message: one `Call`, and errors as status codes.
 
@@ -117,6 +148,7 @@ class _Unary:
 
     Args:
         service: what answers.
+        arriving: the messages that all RPCs wait for.
         place, method: full name of the gRPC service, and the method's.
         kind: class of the request's message.
         work: answers; reads the message when it wants it, or raises what `_status` knows.
@@ -125,12 +157,14 @@ class _Unary:
     def __init__(
         self,
         service: Service,
+        arriving: _Arriving,
         place: str,
         method: str,
         kind: Any,
         work: _Work,
     ) -> None:
         self._service = service
+        self._arriving = arriving
         self._path = f"/{place}/{method}"
         self._kind = kind
         self._work = work
@@ -139,7 +173,7 @@ class _Unary:
         """As grpc registers it; messages come as bytes, so that a malformed one is answered as all else that is."""
         return grpc.stream_unary_rpc_method_handler(self._handle, None, methodcaller("SerializeToString"))
 
-    async def _handle(self, messages: AsyncGenerator[bytes], context: _Context) -> _Message:
+    async def _handle(self, messages: _Messages, context: _Context) -> _Message:
         call = Call("grpc", self._path)
         call.identify({key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)})
         with self._service.observed(call):
@@ -157,18 +191,18 @@ class _Unary:
             context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
             return answer
 
-    async def _read(self, call: Call, messages: AsyncGenerator[bytes]) -> _Message:
+    async def _read(self, call: Call, messages: _Messages) -> _Message:
         try:
             # Closed, or the library's own record of a refusal would hold the message until the next garbage collection.
-            async with asyncio.timeout(_MESSAGE_SECONDS), aclosing(aiter(messages)) as stream:
-                data = await anext(stream)
+            received: Any = aiter(messages)
+            async with aclosing(received) as stream:
+                data = await self._arriving.wait(anext(stream))
         except TimeoutError:
-            raise DeadlineError(
-                f"the message did not arrive within {_MESSAGE_SECONDS:.0f} s", "Send it faster."
-            ) from None
+            raise DeadlineError("the message did not arrive in time", "Send it faster.") from None
         except StopAsyncIteration:
             raise InputError("the RPC holds no message", f"Send one {self._kind.DESCRIPTOR.name}.") from None
         call.bytes_in = len(data)
+        self._service.hold(call, len(data))
         check_size(data, self._kind.DESCRIPTOR)
         try:
             return self._kind.FromString(data)
@@ -181,8 +215,9 @@ class _Unary:
 class _Inference:
     """The methods of GRPCInferenceService."""
 
-    def __init__(self, service: Service, swapper: Swapper | None) -> None:
+    def __init__(self, service: Service, arriving: _Arriving, swapper: Swapper | None) -> None:
         self._service = service
+        self._arriving = arriving
         self._models = service.models
         self._repository = _Repository(swapper, self._allow).methods() if swapper else {}
 
@@ -198,7 +233,7 @@ class _Inference:
             **self._repository,
         }
         return {
-            name: _Unary(self._service, _INFERENCE, name, kind, work).handler()
+            name: _Unary(self._service, self._arriving, _INFERENCE, name, kind, work).handler()
             for name, (kind, work) in methods.items()
         }
 

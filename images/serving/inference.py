@@ -96,7 +96,8 @@ def _classes(value: Any) -> tuple[str, ...]:
     entries = value.split(",") if isinstance(value, str) else value
     if not isinstance(entries, list) or not all(isinstance(entry, str | int) for entry in entries):
         raise InputError(f"parameter `classes` is {str(value)[:80]!r}", "Give names, as a list or separated by commas.")
-    return tuple(name for name in (str(entry).strip() for entry in entries) if name)
+    # Each once: a sample keeps them, and a list may repeat a good name by the million.
+    return tuple(dict.fromkeys(name for name in (str(entry).strip() for entry in entries) if name))
 
 
 @dataclass(frozen=True)

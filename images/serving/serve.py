@@ -35,6 +35,8 @@ from .v2_routes import v2_routes
 
 __all__ = ["serve"]
 
+_HELD = 4  # times the limit of one body: what all bodies and messages at hand may take
+
 
 def serve(
     model: Path,
@@ -71,7 +73,8 @@ def serve(
         models.announce(name)
         metrics = Metrics(models)
         access = access_of(settings)
-        service = Service(models, pool, settings.timeout, access, [metrics, *_watchers(settings, metrics, closing)])
+        observers = [metrics, *_watchers(settings, metrics, closing)]
+        service = Service(models, pool, settings.timeout, access, observers, _HELD * settings.max_body)
         closing.callback(pool.close)
         swapper = Swapper(
             models,

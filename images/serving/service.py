@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from .stages import Stages
 __all__ = ["REQUEST_ID", "Access", "Call", "Observer", "Open", "Outcome", "Role", "Service"]
 
 REQUEST_ID = "x-request-id"
+# Bytes of requests that are always taken, whatever else is held: a camera's picture beside somebody's large uploads.
+_SMALL = 256 * 1024
 _PROBED = ("/", "/metrics")
 _PROBES = ("/ServerLive", "/ServerReady", "/ModelReady")
 
@@ -66,6 +69,7 @@ class Call:
         error: why it failed.
         status: HTTP status or gRPC status code.
         bytes_in: of the body or message.
+        held: bytes of it that have arrived and count against what the service holds.
         begun: time.monotonic() at its start.
         seconds: how long it took; 0 until it has ended.
     """
@@ -88,6 +92,7 @@ class Call:
     error: BaseException | None = None
     status: int = 0
     bytes_in: int = 0
+    held: int = 0
     begun: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
 
@@ -176,6 +181,7 @@ class Service:
         timeout: seconds that a request may take.
         access: who may do what.
         observers: told of every call.
+        max_held: bytes of bodies and messages, arriving, waiting and worked on, all calls together.
     """
 
     def __init__(
@@ -185,12 +191,15 @@ class Service:
         timeout: float = 30.0,
         access: Access | None = None,
         observers: Sequence[Observer] = (),
+        max_held: int = 256 * 2**20,
     ) -> None:
         self.models = models
         self.pool = pool
         self.timeout = timeout
         self.access = access or Open()
         self.observers = tuple(observers)
+        self._max_held = max_held
+        self._held = 0
 
     @contextmanager
     def observed(self, call: Call) -> Iterator[None]:
@@ -203,10 +212,22 @@ class Service:
             call.error = call.error or error
             raise
         finally:
+            self._held -= call.held
             call.seconds = time.monotonic() - call.begun
             for observer in self.observers:
                 observer.finished(call)
             _forget_frames(call.error)
+
+    def hold(self, call: Call, size: int) -> None:
+        """Count bytes of a call's body that have arrived, until the call ends.
+
+        Raises:
+            OverloadError: all calls together hold too many.
+        """
+        call.held += size
+        self._held += size
+        if self._held > self._max_held and call.held > _SMALL:
+            raise OverloadError(f"the server holds {self._held} bytes of bodies", "Try again in a moment.")
 
     async def infer(
         self,
@@ -236,18 +257,22 @@ class Service:
             call.model = name
         engine = call.engine = self.models.find(name, version)
         submitted = time.perf_counter()
+        given_up = threading.Event()
 
         def work() -> _Answer:
             call.stages.add("queue", submitted)
             with call.stages.timed("decode"):
                 request = parse()
-            predictions = engine.predict(request, call.stages)
+            predictions = engine.predict(request, call.stages, given_up)
             with call.stages.timed("post"):
                 answer = render(engine, request, predictions)
             call.request, call.predictions = request, predictions
             return answer
 
-        return await self.pool.run(work, self.timeout if seconds is None else min(seconds, self.timeout))
+        try:
+            return await self.pool.run(work, self.timeout if seconds is None else min(seconds, self.timeout))
+        finally:
+            given_up.set()
 
 
 def _forget_frames(error: BaseException | None) -> None:

@@ -115,14 +115,18 @@ class InputTensor:
         with np.errstate(over="ignore"):  # what becomes infinite is refused with all else that is not from 0 to 1
             return self._pixels(array.astype(_DTYPES[self.datatype], copy=False))
 
+    def check_elements(self, number: int) -> None:
+        """Raise an InputError where a BYTES tensor's shape wants more or fewer elements than there are."""
+        if number != self.images:
+            raise self.error(f"has {number} elements", f"Its shape {list(self.shape)} takes {self.images}.")
+
     def from_items(self, items: Sequence[bytes]) -> tuple[Image, ...]:
         """Images of a BYTES tensor's elements.
 
         Raises:
             InputError: there are more or fewer than the shape says.
         """
-        if len(items) != self.images:
-            raise self.error(f"has {len(items)} elements", f"Its shape {list(self.shape)} takes {self.images}.")
+        self.check_elements(len(items))
         return tuple(items)
 
     def _pixels(self, array: NDArray[Any]) -> tuple[Image, ...]:

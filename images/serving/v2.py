@@ -149,6 +149,7 @@ def _from_json(tensor: InputTensor, data: Any) -> tuple[Image, ...]:
         raise tensor.error("has `data` that is no list", _FORM)
     if tensor.datatype != "BYTES":
         return tensor.from_values(data)
+    tensor.check_elements(len(data))  # before a million of them are decoded
     items = [item[0] if isinstance(item, list) and len(item) == 1 else item for item in data]
     where = f"input `{tensor.name[:80]}`: `data"
     return tensor.from_items([from_base64(item, f"{where}[{place}]`", _FORM) for place, item in enumerate(items)])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from haechi.components.shared.errors import InputError
+from haechi.components.shared.errors import DeadlineError, InputError
 from haechi.components.shared.images import decode
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.serving.engine import Engine, Models
 from haechi.serving.inference import InferenceRequest, Parameters
+from haechi.serving.pool import Pool
+from haechi.serving.service import Call, Service
 from haechi.serving.settings import ServingSettings
 from tests.tiny_models import cell_box, paint, shade, tiny_model_folder
 
@@ -101,6 +106,32 @@ def test_tensors_that_are_no_pixels_are_refused(folder: Path, value: float) -> N
 def test_the_place_of_a_bad_image_is_named_among_several(folder: Path) -> None:
     with pytest.raises(InputError, match="image 9: "):
         engine(folder).predict(InferenceRequest((*[SCENE] * 9, SCENE[:50], SCENE)))
+
+
+def test_a_class_that_is_named_a_million_times_is_kept_once() -> None:
+    assert Parameters.read({"classes": ["dog", "1"] * 500_000}).classes == ("dog", "1")
+
+
+def test_work_that_nobody_waits_for_ends_before_its_next_image(folder: Path) -> None:
+    over = threading.Event()
+    over.set()
+    with pytest.raises(DeadlineError, match="nobody waits"):
+        engine(folder).predict(InferenceRequest((SCENE,)), given_up=over)
+
+    async def story() -> float:
+        models, pool = Models(), Pool(1, 0)
+        models.put("tiny", engine(folder))
+        service = Service(models, pool, timeout=0.2)
+        large = paint({}, 6000, 6000)  # 64 of them take 20 s
+        with pytest.raises(DeadlineError):
+            await service.infer(
+                Call("v2", "/"), "tiny", "", lambda: InferenceRequest((large,) * 64), lambda *answer: answer
+            )
+        begun = time.monotonic()
+        pool.close()  # waits for what runs
+        return time.monotonic() - begun
+
+    assert asyncio.run(story()) < 5
 
 
 def test_near_misses_are_seen_where_uncertain_samples_are_wanted_and_change_no_answer(folder: Path) -> None:

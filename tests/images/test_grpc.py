@@ -21,6 +21,7 @@ from tritonclient.grpc import service_pb2_grpc
 from haechi.components.shared.errors import AccessError, IntegrityError, OverloadError, StorageError
 from haechi.serving import grpc_health, grpc_service
 from haechi.serving.engine import Engine, Models
+from haechi.serving.grpc_health import OPEN_STREAMS
 from haechi.serving.grpc_service import GrpcSide
 from haechi.serving.pool import Pool
 from haechi.serving.service import Call, Outcome, Role, Service
@@ -225,6 +226,56 @@ def test_health_of_what_is_not_here(channel: grpc.Channel) -> None:
     watch.cancel()
 
 
+def test_watchers_and_reflection_have_places_of_their_own(channel: grpc.Channel) -> None:
+    health = health_pb2_grpc.HealthStub(channel)
+    endless = health.Watch(health_pb2.HealthCheckRequest(service="x" * 1000))
+    assert failure(lambda: next(endless))[0] is Code.INVALID_ARGUMENT, "it would be kept as long as somebody watches"
+
+    def asks() -> Iterator[reflection_pb2.ServerReflectionRequest]:
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        done.wait(20)
+
+    for _ in range(2):  # places come back
+        done = threading.Event()
+        many = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(30)]
+        many += [reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(asks()) for _ in range(10)]
+        refused = 0
+        for stream in many:
+            try:
+                next(stream)
+            except grpc.RpcError as error:
+                assert error.code() is Code.RESOURCE_EXHAUSTED
+                refused += 1
+        assert refused == 30 + 10 - OPEN_STREAMS
+        assert health.Check(health_pb2.HealthCheckRequest(), timeout=5).status == health_pb2.HealthCheckResponse.SERVING
+        done.set()
+        for stream in many:
+            stream.cancel()
+        time.sleep(0.5)
+
+
+def test_rpcs_whose_message_never_comes_keep_nobody_out(channel: grpc.Channel) -> None:
+    end = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        end.wait(20)
+        yield from ()
+
+    ask = channel.stream_unary("/inference.GRPCInferenceService/ModelReady")
+    silent = [ask.future(nothing()) for _ in range(150)]
+    try:
+        time.sleep(0.5)
+        health = health_pb2_grpc.HealthStub(channel)
+        for _ in range(20):
+            question = health_pb2.HealthCheckRequest()
+            assert health.Check(question, timeout=5).status == health_pb2.HealthCheckResponse.SERVING
+        assert silent[0].code() is Code.DEADLINE_EXCEEDED and not silent[-1].done()
+    finally:
+        end.set()
+        for call in silent:
+            call.cancel()
+
+
 class Watcher:
     """Keeps the calls that have ended."""
 
@@ -411,7 +462,7 @@ def test_a_forgotten_reflection_stream_ends(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_more_rpcs_than_may_run_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_service, "_SPARE", 0)
+    monkeypatch.setattr(grpc_service, "_SPARE", -grpc_service._ARRIVING - OPEN_STREAMS)  # as if it were two in all
 
     async def story() -> grpc.StatusCode:
         async with Local(tmp_path) as local:

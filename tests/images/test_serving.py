@@ -25,6 +25,7 @@ from haechi.components.shared.errors import InputError, ModelError, OverloadErro
 from haechi.components.shared.files import read_json, write_json
 from haechi.components.shared.images import encode_jpeg
 from haechi.serving import app as serving_app
+from haechi.serving import service as serving_service
 from haechi.serving.app import create_app
 from haechi.serving.engine import Engine, Models
 from haechi.serving.pool import Pool
@@ -198,34 +199,39 @@ def test_a_chunked_body_is_cut_off_at_the_limit(server: Running) -> None:
     assert httpx.get(f"{server.url}/v2/health/live").status_code == 200
 
 
-def test_bodies_that_are_still_arriving_share_one_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving_app, "_HELD", 1)
-    watched = create_app(Service(Models(), Pool(1, 0)), max_body=100)
+def test_bodies_share_one_bound_until_they_are_answered_and_small_ones_are_always_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serving_service, "_SMALL", 20)
+    service = Service(Models(), Pool(1, 0), max_held=100)
+    watched = create_app(service, max_body=100)
     assert isinstance(watched, serving_app._Watched)
     app = watched._app
 
-    async def body(*sizes: int, then: asyncio.Event) -> bytes:
+    async def body(*sizes: int, answered: asyncio.Event) -> bytes:
         left = list(sizes)
 
         async def receive() -> dict[str, Any]:
-            if not left:
-                await then.wait()
-                return {"type": "http.request", "body": b"", "more_body": False}
-            return {"type": "http.request", "body": b"x" * left.pop(0), "more_body": True}
+            return {"type": "http.request", "body": b"x" * (left.pop(0) if left else 0), "more_body": bool(left)}
 
-        scope = {"type": "http", "headers": [], "app": app, "method": "POST", "path": "/"}
-        scope["haechi.call"] = Call("http", "/")
-        return await serving_app.bounded_body(Request(scope, receive))
+        call = Call("http", "/")
+        scope = {"type": "http", "headers": [], "app": app, "method": "POST", "path": "/", "haechi.call": call}
+        with service.observed(call):
+            data = await serving_app.bounded_body(Request(scope, receive))
+            await answered.wait()
+        return data
 
     async def scene() -> None:
-        end = asyncio.Event()
-        slow = asyncio.create_task(body(40, 40, then=end))
+        later, now = asyncio.Event(), asyncio.Event()
+        now.set()
+        waiting = asyncio.create_task(body(40, 40, answered=later))
         await asyncio.sleep(0)
         with pytest.raises(OverloadError, match="of bodies"):
-            await body(30, then=end)
-        end.set()
-        assert len(await slow) == 80
-        assert len(await body(90, then=end)) == 90, "what has arrived or failed counts no longer"
+            await body(30, answered=now)
+        assert len(await body(15, 5, answered=now)) == 20
+        later.set()
+        assert len(await waiting) == 80
+        assert len(await body(90, answered=now)) == 90, "what was answered or refused counts no longer"
 
     asyncio.run(scene())
 
