@@ -156,6 +156,7 @@ class ModelFolder:
             raise ValueError(f"golden is {self.golden}")
         if not all(isinstance(name, str) for name in self.classes):
             raise ValueError("classes are not all names")
+        "".join(self.classes).encode()  # a lone surrogate, which JSON can spell, is an error of this kind
         if not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError(f"classes {list(self.classes)} are none or not distinct")
         wrong = [name for name in self.classes if not 0 <= self.thresholds.get(name, -1) <= 1]

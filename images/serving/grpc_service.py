@@ -34,6 +34,7 @@ __all__ = ["GrpcSide"]
 _INFERENCE = "inference.GRPCInferenceService"
 _SPARE = 64  # RPCs at the same time beyond those of the pool, those whose message still arrives, and open streams
 _ARRIVING = 64
+_CONNECTIONS = 384  # with those of HTTP still below the usual 1,024 files
 _MESSAGE_SECONDS = 60.0
 _DETAILS = 1000  # characters of an error; the trailer that carries it may have 8 KiB
 _CODES = {
@@ -84,6 +85,10 @@ class GrpcSide:
                 # Streams of a client whose machine has gone end with this.
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
+                # Each is an open file, of which HTTP needs some; nor may those that ask nothing keep others out.
+                ("grpc.max_allowed_incoming_connections", _CONNECTIONS),
+                ("grpc.max_connection_idle_ms", 300_000),
+                ("grpc.server_handshake_timeout_ms", 10_000),
             ],
             maximum_concurrent_rpcs=service.pool.workers + service.pool.queue + _ARRIVING + OPEN_STREAMS + _SPARE,
         )

@@ -122,6 +122,7 @@ def _without(key: str) -> Callable[[Path], None]:
         (_without("imgsz"), "imgsz"),
         (_json(classes=[]), "classes"),
         (_json(classes=["person", "person"]), "not distinct"),
+        (_json(classes=["person", "\ud800"]), "surrogates not allowed"),
         (_json(thresholds={"person": 0.5}), "thresholds has no value from 0 to 1 for dog"),
         (_json(thresholds={"person": 0.5, "dog": 1.5}), "for dog"),
         (_json(version="0" * 12), "version 000000000000"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -11,6 +13,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import httpx
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -274,6 +277,22 @@ def test_rpcs_whose_message_never_comes_keep_nobody_out(channel: grpc.Channel) -
         end.set()
         for call in silent:
             call.cancel()
+
+
+def test_idle_connections_leave_files_for_http(server: Running) -> None:
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+    with contextlib.ExitStack() as closing:
+        for _ in range(450):
+            connection = closing.enter_context(socket.create_connection(("127.0.0.1", server.grpc), timeout=5))
+            with contextlib.suppress(OSError):
+                connection.sendall(preface)
+        time.sleep(0.5)
+        assert len(list(Path(f"/proc/{server.process.pid}/fd").iterdir())) < 450
+        assert httpx.get(f"{server.url}/v2/health/live", timeout=5).status_code == 200
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc}") as again:
+        question = health_pb2.HealthCheckRequest()
+        answer = health_pb2_grpc.HealthStub(again).Check(question, timeout=10, wait_for_ready=True)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 class Watcher:
