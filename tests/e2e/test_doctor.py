@@ -283,6 +283,21 @@ def test_tolerations_that_are_there_already_are_not_asked_for_again(place: Place
 
 
 @pytest.mark.parametrize(
+    "toleration",
+    [
+        {"key": GPU, "operator": "Exists", "effect": "NoExecute"},
+        {"key": GPU, "operator": "Equal", "value": "other", "effect": "NoSchedule"},
+    ],
+)
+def test_a_toleration_of_another_effect_or_value_does_not_count(
+    place: Place, nodes: Callable[..., None], toleration: dict[str, str]
+) -> None:
+    nodes("gpu-1", gpus=1, taints=[TAINT])
+    place.pod("train", trainer(container=gpus(1), tolerations=[toleration]), unschedulable("0/1 nodes are available"))
+    assert "does not tolerate nvidia.com/gpu=present" in only(place.examine(), "pending").cause
+
+
+@pytest.mark.parametrize(
     ("message", "cause"),
     [
         ("0/3 nodes are available: 3 node(s) had untolerated taint {nvidia.com/gpu: present}.", "taint nvidia.com/gpu"),

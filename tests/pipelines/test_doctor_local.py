@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import json
 import re
+import socket
 import ssl
 import threading
 import time
@@ -248,6 +249,29 @@ def test_http_to_a_store_with_tls_is_found(serve: Callable[..., str], self_signe
     assert plain.replace("http", "https") in finding.fix
 
 
+def test_http_to_a_store_that_answers_it_and_wants_tls_is_found(self_signed: tuple[ssl.SSLContext, Path]) -> None:
+    # MinIO, and all that is written in Go, answers plain HTTP on a TLS port with a 400.
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            for _ in range(2):
+                connection, _address = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    if connection.recv(1, socket.MSG_PEEK) == b"\x16":  # a TLS handshake
+                        self_signed[0].wrap_socket(connection, server_side=True).close()
+                    else:
+                        connection.recv(4096)
+                        connection.sendall(
+                            b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n"
+                        )
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        port = listener.getsockname()[1]
+        assert "speaks TLS" in found("store", {"HAECHI_S3_ENDPOINT": f"http://127.0.0.1:{port}"}).cause
+        thread.join(10)
+
+
 @pytest.mark.parametrize(("seconds", "how"), [(1200, "1200 s ahead of"), (-1200, "1200 s behind")])
 def test_a_clock_that_is_off_is_found_before_the_keys_are_blamed(store: Store, seconds: int, how: str) -> None:
     finding = found("store", store.settings.to_env(), now=lambda: time.time() + seconds)
@@ -280,8 +304,6 @@ def test_another_server_in_mlflows_place_is_found(serve: Callable[..., str]) -> 
 
 def test_an_mlflow_that_does_not_know_its_host_name_is_found(mlflow_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A name that leads to this machine, and that the server was not started with.
-    import socket
-
     real = socket.getaddrinfo
     monkeypatch.setattr(
         socket,
