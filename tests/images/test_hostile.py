@@ -768,7 +768,8 @@ def test_nothing_is_left_behind(server: Running) -> None:
     while (now := held())[0] > files + 2 and time.monotonic() < end:
         time.sleep(0.5)
     assert now[0] <= files + 2 and now[1] <= threads + 2, (files, threads, now)
-    assert now[2] < memory + 40, (memory, now)
+    # One storm sends 4 MiB that are refused.
+    assert now[2] < memory + 24, (memory, now)
 
 
 def test_a_refused_body_is_let_go_at_once(server: Running, channel: grpc.Channel) -> None:

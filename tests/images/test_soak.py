@@ -121,7 +121,7 @@ def test_under_load_memory_is_flat_after_the_warm_up(server: Running) -> None:
     first, second = seen[:half], seen[half:]
     memory = [statistics.median(row[0] for row in rows) for rows in (first, second)]
     print(f"\n{dict(load.answers)} MiB {memory[0]:.0f} -> {memory[1]:.0f}, peak {max(row[0] for row in seen):.0f}")
-    # A request that left only 4 kB behind would show as more than that within the shortest run.
-    assert memory[1] < memory[0] * 1.03, memory
+    # The median hardly moves: 10 kB left behind by each request would be 10 MiB within the shortest run.
+    assert memory[1] < memory[0] + 3, memory
     assert max(row[1] for row in second) <= max(row[1] for row in first) + 5
     assert max(row[2] for row in second) <= max(row[2] for row in first) + 2
