@@ -15,7 +15,7 @@ import pytest
 from haechi.components.shared.errors import InputError, ModelError
 from haechi.components.shared.images import decode, read_header
 from haechi.pipelines.predict import predict
-from tests.images.test_serving import free_port, running
+from tests.serving_process import free_port, running
 from tests.tiny_models import cell_box, paint, shade, tiny_model_folder
 
 SCENE = paint({(2, 3): shade(0, 0.9), (5, 5): shade(1, 0.6), (7, 7): shade(0, 0.3)})
