@@ -24,6 +24,11 @@ __all__ = ["MAX_BODY", "allow", "bounded_body", "call_of", "create_app", "servic
 MAX_BODY = 64 * 2**20
 _BODY_SECONDS = 60.0
 _ALSO = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}
+# Instead of what the router says.
+_TOLD = {
+    404: "there is no such address. See /docs for all that there are.",
+    405: "this address does not take that method. See the header Allow, or /docs.",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -154,7 +159,7 @@ async def _v1_predict(request: Request) -> Response:
 async def bounded_body(request: Request) -> bytes:
     """The whole body, no larger than is allowed, sent within a minute."""
     if (coding := request.headers.get("content-encoding", "identity")) != "identity":
-        raise HTTPException(415, f"the body's coding {coding[:40]!r} is not read; send it as it is")
+        raise HTTPException(415, f"the body's coding {coding[:40]!r} is not read. Send it as it is.")
     most = request.app.state.max_body
     announced = request.headers.get("content-length", "0")
     if announced.isdigit() and int(announced) > most:
@@ -171,7 +176,7 @@ async def bounded_body(request: Request) -> bytes:
                 service.hold(call, len(part))
                 parts.append(part)
     except TimeoutError:
-        raise HTTPException(408, f"the body did not arrive within {_BODY_SECONDS:.0f} s") from None
+        raise HTTPException(408, f"the body did not arrive within {_BODY_SECONDS:.0f} s. Send less at once.") from None
     except ClientDisconnect:
         raise HTTPException(400, "the client went away") from None
     finally:
@@ -180,14 +185,17 @@ async def bounded_body(request: Request) -> bytes:
 
 
 def _too_large(most: int) -> HTTPException:
-    return HTTPException(413, f"the body has more than {most} bytes")
+    return HTTPException(
+        413, f"the body has more than {most} bytes. Send fewer or smaller images; the operator sets the limit."
+    )
 
 
 async def failed(request: Request, error: Exception) -> Response:
     """Any error as `{"error": ...}` with its status."""
     call_of(request).error = error
     if isinstance(error, HTTPException):
-        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+        told = _TOLD.get(error.status_code, error.detail)
+        return JSONResponse({"error": told}, error.status_code, error.headers)
     if isinstance(error, HaechiError):
         later = _ALSO.get(error.http_status)
         return JSONResponse({"error": str(error)}, error.http_status, later)

@@ -7,7 +7,6 @@ it is the graph as it stands in onnxruntime, which is also what evaluate, label 
 from __future__ import annotations
 
 import importlib.util
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from haechi.components.shared.errors import HaechiError, InputError, IntegrityEr
 from haechi.components.shared.images import decode
 from haechi.components.shared.model_folder import GOLDEN_CONF, ModelFolder, check_golden, read_golden
 from haechi.components.shared.parity import Agreement, Tolerance
+from haechi.components.shared.progress import say
 
 from .graph import Parts, lighten, take_apart
 from .selective import SelectiveNetwork
@@ -47,8 +47,6 @@ _MOST_STREAMS = 8  # beyond that, threads go into a run: each stream has memory 
 _ROOMY = Tolerance(box_px=0.5, score=0.005)
 _FEW = 8  # golden boxes
 _MEASURED = 0.15  # seconds
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -160,10 +158,8 @@ def open_backend(folder: Path, model: ModelFolder, options: BackendOptions) -> B
         )
     chosen = good[0] if len(good) == 1 else _faster(good, source, refused)
     chosen = replace(chosen, reason="; ".join([chosen.reason, *refused]))
-    _log.info(
-        "backend %s %s %s, %d x %d threads: %s",
-        *(chosen.engine, chosen.provider, chosen.precision, chosen.streams, chosen.threads, chosen.reason),
-    )
+    how = f"{chosen.engine} {chosen.provider} {chosen.precision}, {chosen.streams} x {chosen.threads} threads"
+    say(f"backend {how}: {chosen.reason}")
     return chosen
 
 
@@ -207,7 +203,6 @@ def _first(openers: Sequence[_Opener], source: _Source, refused: list[str]) -> B
         except Exception as error:
             text = error.problem if isinstance(error, HaechiError) else str(error)
             refused.append(f"not {opener.__name__.strip('_')}: {text}")
-            _log.warning("backend %s refused: %s", opener.__name__.strip("_"), text)
     return None
 
 

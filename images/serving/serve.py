@@ -125,6 +125,8 @@ def _config(app: ASGIApp) -> uvicorn.Config:
         Lingering(app),
         http=Connection,
         ws="none",
+        # There is nothing to open here, and a second signal would end its wait with a traceback.
+        lifespan="off",
         # Longer than proxies keep theirs (60 s as a rule), so that they never send into a connection that we close.
         timeout_keep_alive=75,
         log_level="warning",

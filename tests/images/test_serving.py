@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -27,6 +29,7 @@ from haechi.components.shared.images import encode_jpeg
 from haechi.serving import app as serving_app
 from haechi.serving import service as serving_service
 from haechi.serving.app import create_app
+from haechi.serving.command import add_arguments
 from haechi.serving.engine import Engine, Models
 from haechi.serving.pool import Pool
 from haechi.serving.serve import serve
@@ -167,7 +170,7 @@ def test_bad_requests_get_400_and_a_reason(server: Running, body: bytes, match: 
 )
 def test_wrong_addresses_get_a_json_error(server: Running, method: str, path: str, status: int) -> None:
     answer = httpx.request(method, server.url + path)
-    assert answer.status_code == status and isinstance(answer.json()["error"], str)
+    assert answer.status_code == status and re.fullmatch(r".+\. .+\.", answer.json()["error"])
 
 
 def test_a_raw_body_that_is_no_image_is_refused(server: Running) -> None:
@@ -363,6 +366,18 @@ def test_a_signal_drains_and_exits_with_0(tmp_path: Path, number: signal.Signals
     assert answers == [200]
 
 
+def test_the_log_is_plain_lines_that_say_how_the_network_runs_even_after_two_signals(tmp_path: Path) -> None:
+    tiny_model_folder(tmp_path, ["person"])
+    with running(tmp_path) as server:
+        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)
+        told = server.process.communicate(timeout=40)[1]
+    assert re.search(
+        r"^\d\d:\d\d:\d\d backend (onnxruntime|openvino) \S+ (fp32|bf16), \d+ x \d+ threads: .+", told, re.M
+    )
+    assert "stopped" in told and "Traceback" not in told
+
+
 def refusal(folder: Path, *arguments: str, **ports: int) -> tuple[int, str]:
     """Exit code and message of a server that should not start."""
     process = start(folder, *arguments, **ports).process
@@ -415,6 +430,16 @@ def test_a_taken_port_is_named(server: Running, tmp_path: Path) -> None:
     assert code == InputError.exit_code and str(server.http) in message and "--http-port" in message
     code, message = refusal(tmp_path, grpc_port=server.grpc)
     assert code == InputError.exit_code and str(server.grpc) in message and "--grpc-port" in message
+
+
+@pytest.mark.parametrize("wrong", ["99999", "-1", "http"])
+@pytest.mark.parametrize("option", ["--http-port", "--grpc-port"])
+def test_a_port_that_is_none_is_refused(option: str, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--model", "m", f"{option}={wrong}"])
+    assert option in capsys.readouterr().err
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
