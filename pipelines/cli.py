@@ -381,6 +381,106 @@ def _doctor(arguments: Arguments) -> int:
     return run(arguments)
 
 
+# promote, rollback, status, reconcile --------------------------------------------------------------------------------
+
+
+def _service_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="registered model")
+    parser.add_argument("--target", default="", help="deploy target, such as kserve:haechi-serving/safety")
+    _workdir_argument(parser)
+
+
+def _switch_arguments(parser: argparse.ArgumentParser) -> None:
+    _rollout_argument(parser)
+    parser.add_argument("--take-over", action="store_true", help="take the target from whoever is deploying to it")
+
+
+def _rollout_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rollout",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of the parameter rollout, such as strategy=rolling; VALUE is YAML",
+    )
+
+
+def _promote_arguments(parser: argparse.ArgumentParser) -> None:
+    _service_arguments(parser)
+    parser.add_argument("version", help="the model's version (12 hex digits), or the beginning of it")
+    _switch_arguments(parser)
+
+
+def _rollback_arguments(parser: argparse.ArgumentParser) -> None:
+    _service_arguments(parser)
+    _switch_arguments(parser)
+
+
+def _promote(arguments: Arguments) -> int:
+    from .operations import promote, settings_of
+
+    target, rollout = _target(arguments), _rollout(arguments)
+    with settings_of(arguments.workdir) as settings:
+        done = promote(settings, arguments.name, arguments.version, target, rollout, arguments.take_over)
+    _report(arguments, done, [f"champion  {done['version']}", f"before    {done['former'] or 'none'}"])
+    return 0
+
+
+def _rollback(arguments: Arguments) -> int:
+    from .operations import rollback, settings_of
+
+    target, rollout = _target(arguments), _rollout(arguments)
+    with settings_of(arguments.workdir) as settings:
+        done = rollback(settings, arguments.name, target, rollout, arguments.take_over)
+    _report(arguments, done, [f"champion  {done['version']}", f"before    {done['former'] or 'none'}"])
+    return 0
+
+
+def _status(arguments: Arguments) -> int:
+    from .operations import settings_of, status, status_lines
+
+    target = _target(arguments)
+    with settings_of(arguments.workdir) as settings:
+        found = status(settings, arguments.name, target)
+    _report(arguments, found, status_lines(found))
+    return 0
+
+
+def _target(arguments: Arguments) -> Any:
+    """The parsed target, once the model's name is known to be one."""
+    from haechi.components.deploy.target import Target
+    from haechi.components.shared.files import check_name
+
+    check_name(arguments.name)
+    return Target.parse(arguments.target)
+
+
+def _rollout(arguments: Arguments) -> Any:
+    from haechi.components.deploy.rollout import Rollout
+
+    from .parameters import parse_settings
+
+    return Rollout.parse(parse_settings(arguments.rollout))
+
+
+def _reconcile_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pairs", nargs="+", metavar="NAME=TARGET", help="a registered model and its deploy target")
+    parser.add_argument("--every", type=float, default=30.0, help="seconds between rounds (default %(default)s)")
+    parser.add_argument("--once", action="store_true", help="one round, as in a CronJob")
+    _rollout_argument(parser)
+    _workdir_argument(parser)
+
+
+def _reconcile(arguments: Arguments) -> int:
+    from .operations import parse_pairs, reconcile, settings_of
+
+    pairs, rollout = parse_pairs(arguments.pairs), _rollout(arguments)
+    with settings_of(arguments.workdir) as settings:
+        told = reconcile(settings, pairs, 0.0 if arguments.once else max(1.0, arguments.every), rollout)
+    _report(arguments, told, [f"{name}: {sentence}" for name, sentence in told.items()])
+    return 0
+
+
 VERBS: dict[str, Verb] = {
     "demo": Verb("show the whole journey on this machine", _demo_arguments, _demo),
     "up": Verb(
@@ -394,6 +494,12 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb("measure a model on labelled images", _evaluate_arguments, _evaluate, reports=True),
     "serve": Verb("serve a model folder over HTTP", add_serve_arguments, _serve),
     "predict": Verb("detect in images, here or at an endpoint", _predict_arguments, _predict),
+    "promote": Verb("make a registered version the champion", _promote_arguments, _promote, reports=True),
+    "rollback": Verb(
+        "withdraw a canary, or go back to the champion before", _rollback_arguments, _rollback, reports=True
+    ),
+    "status": Verb("show what serves and how its rollout goes", _service_arguments, _status, reports=True),
+    "reconcile": Verb("let targets serve what alias champion names", _reconcile_arguments, _reconcile, reports=True),
     "review": Verb("list and answer review tasks", _review_arguments, _review),
     "doctor": Verb("find what is wrong here and on the cluster, and say how to mend it", add_doctor_arguments, _doctor),
 }

@@ -13,7 +13,7 @@ from haechi.components.shared.progress import say
 
 from .kubernetes_api import Away, Conflict, InferenceServiceApi
 
-__all__ = ["Busy", "Lease", "LeaseLost", "holder_of"]
+__all__ = ["Busy", "Lease", "LeaseLost", "holder_of", "lease_name"]
 
 _STAMP = "%Y-%m-%dT%H:%M:%S.%fZ"
 
@@ -36,14 +36,15 @@ class Lease:
         holder: who we are, for others to read. The same holder that comes again (a step that was killed and is
             repeated under its run's id) takes its own lease at once.
         seconds: how long it stays valid without being renewed.
+        take_over: take it from whoever holds it; they notice, and touch nothing more.
 
     Raises:
         Busy: on entering, somebody else holds it.
     """
 
-    def __init__(self, api: InferenceServiceApi, holder: str, seconds: float = 60.0) -> None:
-        self._api, self.holder, self._seconds = api, holder, seconds
-        self._name = f"haechi-{api.name}"
+    def __init__(self, api: InferenceServiceApi, holder: str, seconds: float = 60.0, take_over: bool = False) -> None:
+        self._api, self.holder, self._seconds, self._take_over = api, holder, seconds, take_over
+        self._name = lease_name(api.name)
         self._lease: dict[str, Any] = {}
         self._renewed = 0.0
 
@@ -51,7 +52,7 @@ class Lease:
         for _ in range(3):
             found = self._api.lease(self._name)
             other = holder_of(found)
-            if found and other and other != self.holder:
+            if found and other and other != self.holder and not self._take_over:
                 raise Busy(
                     f"{other} is deploying to {self._api.namespace}/{self._api.name} since {_text(found, 'acquireTime')}",
                     f"Run again when that has ended; a lease of a killed one expires after {self._seconds:.0f} s.",
@@ -120,6 +121,11 @@ class Lease:
             "renewTime": _now(),
             "leaseDurationSeconds": max(1, round(self._seconds)),
         }
+
+
+def lease_name(service: str) -> str:
+    """The name of an InferenceService's Lease."""
+    return f"haechi-{service}"
 
 
 def holder_of(lease: dict[str, Any] | None, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> str:

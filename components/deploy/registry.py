@@ -8,7 +8,9 @@ from haechi.components.shared.tracking import EXPERIMENT, VERSION_TAG, Registere
 
 from .verdict import Verdict
 
-__all__ = ["check_champion", "record"]
+__all__ = ["FORMER", "check_champion", "crown", "record"]
+
+FORMER = "haechi.former"  # of a champion: the champion before it, where `haechi rollback` goes
 
 
 def check_champion(tracker: Tracker, name: str, pinned: str, version: str) -> None:
@@ -26,6 +28,13 @@ def check_champion(tracker: Tracker, name: str, pinned: str, version: str) -> No
             f"the champion of {name!r} changed from {pinned or 'none'} to {current or 'none'} since this run began",
             "Run the pipeline again, so that the challenger is compared with the champion of today.",
         )
+
+
+def crown(tracker: Tracker, name: str, registered: RegisteredVersion, former: str) -> None:
+    """Make a version the champion, and note whom it follows."""
+    if former and former != registered.version:
+        tracker.tag_version(name, registered.number, {FORMER: former})
+    tracker.set_alias(name, "champion", registered.number)
 
 
 def record(

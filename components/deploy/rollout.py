@@ -91,7 +91,7 @@ def _like(default: Any, key: str, value: Any) -> Any:
             return tuple(_whole(item) for item in value)
         if isinstance(default, str) and isinstance(value, str):
             return value
-        if isinstance(default, int | float) and isinstance(value, int | float) and math.isfinite(value):
+        if isinstance(default, int | float) and _is_number(value):
             return float(value) if isinstance(default, float) else _whole(value)
     except ValueError:
         pass
@@ -100,9 +100,13 @@ def _like(default: Any, key: str, value: Any) -> Any:
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value % 1:
+    if not _is_number(value) or value % 1:
         raise ValueError(value)
     return int(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_address(address: str) -> None:

@@ -22,7 +22,7 @@ from haechi.components.shared.tracking import Tracker
 
 from .inference_service import Patience
 from .publish import publish
-from .registry import check_champion, record
+from .registry import check_champion, crown, record
 from .rollout import Rollout
 from .switch import held
 from .target import Target
@@ -101,7 +101,9 @@ def deploy(
         # Copying took a while: look again just before traffic moves.
         check_champion(tracker, name, champion, model.version)
         switch(model, onnx_model)
-        tracker.set_alias(name, "champion", registered.number)
+        # A rollout takes its time: whom a person made champion meanwhile stays.
+        check_champion(tracker, name, champion, model.version)
+        crown(tracker, name, registered, champion)
     result = DeployResult(name, model.version, uri, target, registered.number, champion)
     write_json(out / "deployed.json", asdict(result))
     say(f"{name} {model.version} is the champion (MLflow's version {registered.number}), target {target or 'none'}")

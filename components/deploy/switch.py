@@ -28,7 +28,13 @@ Switch = Callable[[ModelFolder, Path], None]
 
 @contextmanager
 def held(
-    target: Target, store: Store, owner: str, rollout: Rollout, patience: Patience, evidence: Mapping[str, str]
+    target: Target,
+    store: Store,
+    owner: str,
+    rollout: Rollout,
+    patience: Patience,
+    evidence: Mapping[str, str],
+    take_over: bool = False,
 ) -> Iterator[Switch]:
     """Hold a target for the duration of the block, and yield what switches it.
 
@@ -40,6 +46,7 @@ def held(
         owner: who we are, for others to read.
         rollout, patience: the settings for `kserve`.
         evidence: what is told of the model in the message of a commit, for `git`.
+        take_over: take the target from whoever holds it.
 
     Raises:
         Busy: another deploy holds it.
@@ -49,7 +56,7 @@ def held(
         yield lambda model, folder: _switch(target, store, model, {**evidence, "Deployed-by": owner})
         return
     api = InferenceServiceApi(target.namespace, target.name)
-    with Lease(api, owner, patience.lease) as lease:
+    with Lease(api, owner, patience.lease, take_over) as lease:
 
         def switch(model: ModelFolder, folder: Path) -> None:
             uri = store.uri(model_prefix(model.name, model.version)).rstrip("/")

@@ -52,6 +52,16 @@ class Target:
         if self.kind == "git":
             _check_git(self.repository, self.branch, self.path)
 
+    def __str__(self) -> str:
+        """As users write it."""
+        forms = {
+            "none": "none",
+            "dir": f"dir:{self.path}",
+            "kserve": f"kserve:{self.namespace}/{self.name}",
+            "git": f"git:{self.repository}#{self.branch}:{self.path}",
+        }
+        return forms[self.kind]
+
     @classmethod
     def parse(cls, text: str) -> Target:
         """Read a target as users write it; empty means `none`.

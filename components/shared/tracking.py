@@ -244,6 +244,12 @@ class Tracker:
         what = f"alias {alias!r} of model {_check_model_name(model)!r}"
         self._call(what, self._client.set_registered_model_alias, model, alias, str(number))
 
+    def tag_version(self, model: str, number: int, tags: Mapping[str, str]) -> None:
+        """Set tags on the version of this MLflow number; they may be set again with other values."""
+        what = f"model {_check_model_name(model)!r} version {number}"
+        for key, value in tags.items():
+            self._call(what, self._client.set_model_version_tag, model, str(number), key, value)
+
     def _experiment(self, name: str) -> str:
         what = f"experiment {name!r}"
         found = self._call(what, self._client.get_experiment_by_name, name)

@@ -344,7 +344,7 @@ def test_refuse_does_not_take_a_promotion(world: World) -> None:
     ],
 )
 def test_targets_are_read(text: str, parsed: Target) -> None:
-    assert Target.parse(text) == parsed
+    assert Target.parse(text) == Target.parse(str(parsed)) == parsed
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from haechi.pipelines.cli import VERBS, main
 HAECHI = Path(sys.executable).with_name("haechi")
 WANTED = ["demo", "up", "down", "run", "compile", "submit", "export", "serve", "predict", "review", "evaluate"]
 WANTED += ["doctor"]
+WANTED += ["promote", "rollback", "status", "reconcile"]
 
 
 def test_the_verbs_are_the_documented_ones() -> None:
@@ -49,6 +50,9 @@ def test_a_reporting_verb_offers_json(verb: str, capsys: pytest.CaptureFixture[s
         (["predict", "--model", "nowhere", "a.jpg"], 7, "nowhere"),
         (["evaluate", "--model", "nowhere", "--data", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["submit", "--host", "kubeflow"], 2, "--host"),
+        (["status", "safety", "--target", "git:x"], 2, "git:"),
+        (["promote", "safety", "abc", "--rollout", "stps=[]"], 2, "rollout has no key 'stps'"),
+        (["reconcile", "safety"], 2, "'safety' is not NAME=TARGET"),
     ],
 )
 def test_an_error_names_the_thing_and_has_its_exit_code(
