@@ -39,6 +39,8 @@ def json_object(body: bytes, form: str) -> dict[str, Any]:
     try:
         value = orjson.loads(body)
     except ValueError as error:
+        if body.startswith(b"--"):  # as `curl -F` and web pages send files
+            raise InputError("the body is a form", "Send the image itself: `curl --data-binary @frame.jpg`.") from error
         raise InputError(f"the body is not JSON ({error})", form) from error
     if not isinstance(value, dict):
         raise InputError("the body is JSON, but not an object", form)

@@ -129,6 +129,7 @@ GOOD = base64.b64encode(SCENE).decode()
         (b"{", "not JSON"),
         (b"\xff\xfe\x00", "not JSON"),
         (b"[" * 100_000, "not JSON"),
+        (b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + SCENE + b"\r\n--x--\r\n", "is a form"),
         (b"[]", "not an object"),
         (b"{}", "`instances` is not a list"),
         (b'{"instances": []}', "`instances` is not a list"),
