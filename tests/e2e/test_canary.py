@@ -22,7 +22,7 @@ from tiny_models import tiny_model_folder
 
 from haechi.components.deploy.inference_service import Patience, manifest
 from haechi.components.deploy.job import Job
-from haechi.components.deploy.kubernetes_api import Conflict, InferenceServiceApi
+from haechi.components.deploy.kubernetes_api import MANAGER, Conflict, InferenceServiceApi
 from haechi.components.deploy.lease import Busy, Lease, LeaseLost
 from haechi.components.deploy.rollout import Rollout
 from haechi.components.deploy.rollout_state import RolloutState
@@ -314,14 +314,19 @@ def test_a_controller_that_restarts_meanwhile_is_waited_for(place: Place, models
     until(lambda: place.only(models.new))
 
 
-def test_what_would_be_refused_later_is_told_before_anything_changes(place: Place, models: Models) -> None:
+@pytest.mark.parametrize("strategy", ["auto", "shadow", "rolling"])
+def test_what_would_be_refused_later_is_told_before_anything_changes(
+    place: Place, models: Models, strategy: str
+) -> None:
     place.apply_as("argocd", {"predictor": {"model": {"modelFormat": {"name": "yolo-onnx"}, "storageUri": "s3://a/b"}}})
     until(lambda: "status" in place.service())
     until(lambda: place.shares())
     generation = place.service()["metadata"]["generation"]
     with pytest.raises(Conflict, match=r"someone else manages: .*\"argocd\".*storageUri"):
-        place.deploy(models.new)
-    assert place.service()["metadata"]["generation"] == generation
+        place.deploy(models.new, replace(STEPS, strategy=strategy))
+    meta = place.service()["metadata"]
+    assert meta["generation"] == generation
+    assert MANAGER not in [entry["manager"] for entry in meta["managedFields"]], "we own nothing of theirs"
 
 
 def test_a_canary_of_a_person_is_not_overrun(serving_old: Place, models: Models) -> None:
@@ -391,11 +396,11 @@ def killed_at(place: Place, model: ModelFolder, phase: str, traffic: int = 0, **
 
 def test_a_repeated_step_goes_on_where_it_was_killed(place: Place, models: Models) -> None:
     place.deploy(models.old)
-    killed_at(place, models.new, "canary", 10)
+    killed_at(place, models.new, "canary", 50, rollout=replace(STEPS, steps=(50,), bake=60))
     canary, seen = f"entrance-v-{models.new.version}-predictor", []
     place.network.watch = lambda path: seen.append(place.shares().get(canary, 0)) if canary in path else None
     assert place.deploy(models.new, owner="killed") == "canary", "its own lease, at once"
-    assert min(seen) == 10, "the canary was not taken back first"
+    assert min(seen) == 50, "it was neither taken back nor begun again"
     until(lambda: place.only(models.new))
 
 
