@@ -37,6 +37,8 @@ class CannotLook(HaechiError):
         found: findings made before or beside it.
     """
 
+    exit_code = 20
+
     def __init__(self, problem: str, remedy: str = "", found: Iterable[Finding] = ()) -> None:
         super().__init__(problem, remedy)
         self.found = list(found)

@@ -157,7 +157,9 @@ def call(status: int = 200, request_id: str = "", path: str = PREDICT, protocol:
     ("made", "logged"),
     [
         (call(path="/v2/health/ready", protocol="http"), False),
-        (call(503, path="/v2/health/ready", protocol="http"), True),
+        # Not ready is an answer, and asked for every second while a model loads.
+        (call(503, path="/v2/health/ready", protocol="http"), False),
+        (call(500, path="/v2/health/ready", protocol="http"), True),
         (call(path="/v2/models/m/ready", protocol="v2"), False),
         (call(0, path="/grpc.health.v1.Health/Check", protocol="grpc"), False),
         (call(0, path="/inference.GRPCInferenceService/ModelReady", protocol="grpc"), False),

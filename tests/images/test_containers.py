@@ -325,7 +325,11 @@ def _journey(bucket: str) -> list[tuple[str, dict[str, Any], dict[str, tuple[str
             {"checkpoints": ("train", "checkpoint"), "dataset": dataset},
         ),
         ("evaluate", none | {"gate": GATE}, {"onnx_model": model, "dataset": dataset}),
-        ("deploy", none | {"target": "none", "run_id": "run-1"}, judged | {"report": ("evaluate", "report")}),
+        (
+            "deploy",
+            none | {"target": "none", "run_id": "run-1", "rollout": {}},
+            judged | {"report": ("evaluate", "report")},
+        ),
         ("refuse", NAME | {"run_id": "run-1"}, judged),
     ]
 
