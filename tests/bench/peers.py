@@ -52,7 +52,7 @@ def bare(arguments: argparse.Namespace) -> None:
 
     def work() -> None:
         prepared = [backend.detector.prepare(decode(data))]
-        for raw in backend.detector.infer_prepared(prepared):
+        for raw in backend.detector.infer_prepared(prepared, min(limits)):
             backend.detector.decode(raw, prepared[0][1], limits, model.iou, 300)
 
     rate = _rate(work, backend.streams, arguments.seconds)
@@ -97,7 +97,7 @@ def kserve(arguments: argparse.Namespace) -> None:
 
     def detect(data: bytes) -> list[dict[str, Any]]:
         prepared = [detector.prepare(decode(data))]
-        raw = detector.infer_prepared(prepared)[0]
+        raw = detector.infer_prepared(prepared, min(limits))[0]
         return detector.decode(raw, prepared[0][1], limits, description.iou, 300).to_list(description.classes)
 
     class Model(sdk.Model):  # type: ignore[misc]
