@@ -281,9 +281,7 @@ def test_the_runtime_answers_whatever_becomes_of_its_log(folder: Path, reader: s
             for _ in range(400):
                 assert client.get(f"{server.url}/v1/models", headers={"x-request-id": "x" * 128}).status_code == 200
         if reader == "gone":
-            time.sleep(0.3)
-            told = [line for line in httpx.get(f"{server.url}/metrics").text.splitlines() if "log_lines_total{" in line]
-            assert sum(float(line.split()[-1]) for line in told if 'outcome="lost"' in line) >= 1
+            wait_until(lambda: lines_lost(server.url) >= 1)  # told once a second
         server.process.terminate()
         assert server.process.wait(20) == 0
     finally:
@@ -293,6 +291,11 @@ def test_the_runtime_answers_whatever_becomes_of_its_log(folder: Path, reader: s
         server.process.stdout.close()
         server.process.wait()
     assert "Traceback" not in errors and "Error" not in errors
+
+
+def lines_lost(url: str) -> float:
+    told = [line for line in httpx.get(f"{url}/metrics").text.splitlines() if "log_lines_total{" in line]
+    return sum(float(line.split()[-1]) for line in told if 'outcome="lost"' in line)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
