@@ -264,7 +264,8 @@ def test_a_store_that_is_away_costs_samples_and_no_request(folder: Path, store: 
         assert len(records(store)) > before, "it never wrote again"
     total = counts(store)
     assert total["seen"] == total["kept"] >= len(near) + len(away) + len(mute)
-    assert total["stored"] == len(records(store))
+    # A write whose answer was lost on the way counts as dropped, though it arrived.
+    assert total["stored"] <= len(records(store)) <= total["stored"] + total["dropped_store"]
     dropped = {name: value for name, value in total.items() if name.startswith("dropped_")}
     assert total["kept"] == total["stored"] + sum(dropped.values())
     assert dropped["dropped_queue"] > 0
