@@ -224,8 +224,8 @@ def _is_peer(peer: Object, pod: Pod, other: Pod) -> bool:
 
 def _selects(selector: Object, labels: dict[str, str]) -> bool:
     for rule in selector.get("matchExpressions", []):
-        assert rule["operator"] == "In", "this reader knows no other operator"
-        if labels.get(rule["key"]) not in rule["values"]:
+        assert rule["operator"] in ("In", "Exists"), "this reader knows no other operator"
+        if rule["key"] not in labels or ("values" in rule and labels[rule["key"]] not in rule["values"]):
             return False
     return selector.get("matchLabels", {}).items() <= labels.items()
 
