@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from haechi.components.deploy.inference_service import manifest
+from haechi.components.deploy.strategy import _CONFIG
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.settings import Settings
 from haechi.serving.command import add_arguments
@@ -321,12 +322,15 @@ REACH: dict[str, set[str]] = {
     "mlflow": {"dns:53", "store:9000", "postgres:5432"},
     "postgres": set(),
     "label-studio": {"dns:53", "store:9000"},
-    **dict.fromkeys(("stable", "canary", "shadow"), {"dns:53", "store:9000"}),
-    **dict.fromkeys(("envoy", "envoy beside the Gateway", "istio"), _SERVED),
+    "stable": {"dns:53", "store:9000"},
+    "canary": {"dns:53", "store:9000"},
+    "shadow": {"dns:53", "store:9000"},
+    "envoy": _SERVED,
+    "envoy beside the Gateway": _SERVED,
+    "istio": _SERVED,
     "gateway of others": {"label-studio:8080"},
     "prometheus": _DETECTORS,
-    **dict.fromkeys(("kserve's controller", "grafana", "store", "pipelines", "dns", "pretender", "outside"), set()),
-}
+}  # and the others nothing
 
 
 @pytest.mark.parametrize("overlay", ["staging", "production"])
@@ -341,7 +345,25 @@ def test_networks_are_shut_but_for_what_is_needed(overlay: str, source: str) -> 
         for port in _PORTS
         if source != name and (source in _GUARDED or name in _GUARDED)
         if reaches(objects, ends[source], target, port)
-    } == REACH[source]
+    } == REACH.get(source, set())
+
+
+def test_detectors_reach_the_store_of_pipelines_on_one_machine() -> None:
+    store = _stranger("kubeflow", {"app": "seaweedfs"})
+    # What Pipelines 2.17 ships beside its SeaweedFS, in short.
+    shipped = {
+        "kind": "NetworkPolicy",
+        "metadata": {"name": "seaweedfs", "namespace": "kubeflow"},
+        "spec": {"podSelector": {"matchLabels": store.labels}, "policyTypes": ["Ingress"]},
+    }
+    shipped["spec"] |= {"ingress": [{"from": [{"podSelector": {}}], "ports": [{"protocol": "TCP", "port": 8333}]}]}
+    (detector,) = (pod for pod in pods(render("base/serving")) if pod.owner.startswith("ServingRuntime"))
+    assert not reaches([shipped], detector, store, 8333)
+    for objects in (render("overlays/local"), [*render("overlays/local"), shipped]):
+        assert reaches(objects, detector, store, 8333)
+        assert reaches(objects, _STEP, store, 8333)
+        assert not reaches(objects, detector, store, 8888), "its filer asks for no key"
+        assert not reaches(objects, _OTHER, store, 8333)
 
 
 @pytest.mark.parametrize("overlay", ["staging", "production"])
@@ -434,7 +456,7 @@ def test_kserve_serves_what_deploy_applies_with_our_runtime_and_under_our_polici
     assert [box["name"] for box in pod.spec["containers"]] == ["kserve-container"]
     budget = find(objects, "PodDisruptionBudget", "haechi-detectors")
     assert budget["spec"]["selector"]["matchLabels"].items() <= pod.labels.items()
-    if any(item["kind"] == "NetworkPolicy" for item in objects):
+    if any(item["metadata"]["name"] == "default-deny" for item in objects):
         assert reaches(objects, _GATEWAY, pod, 8080)
         assert not reaches(objects, _OTHER, pod, 8080)
 
@@ -459,6 +481,24 @@ def test_no_field_of_the_service_has_two_owners() -> None:
     timeout = ServingSettings().timeout
     pause = find(render("base/serving"), "ServingRuntime")["spec"]["containers"][0]["lifecycle"]["preStop"]["sleep"]
     assert both["spec"]["predictor"]["terminationGracePeriodSeconds"] > timeout + pause["seconds"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_whoever_deploys_may_ask_kserve_for_its_mode_and_for_nothing_else(overlay: str) -> None:
+    objects = render(f"overlays/{overlay}")
+    rule = {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get"]}
+    assert find(objects, "Role", namespace="kserve")["rules"] == [{**rule, "resourceNames": [_CONFIG[1]]}]
+    bound = [item for item in objects if item["kind"] == "RoleBinding"]
+    deploying, asking = (
+        {
+            (who["namespace"], who["name"])
+            for item in bound
+            if item["roleRef"]["name"] == role
+            for who in item["subjects"]
+        }
+        for role in ("haechi-deploy", "haechi-kserve-mode")
+    )
+    assert deploying == asking == {("kubeflow", "pipeline-runner"), ("kubeflow", "haechi-reconciler")}
 
 
 def test_the_pipelines_service_account_may_do_what_deploy_does_and_no_more() -> None:
