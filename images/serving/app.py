@@ -14,14 +14,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from haechi.components.shared.errors import HaechiError
+from haechi.components.shared.errors import HaechiError, OverloadError
 
+from .connections import CROWDED
 from .service import REQUEST_ID, Call, Role, Service
+from .settings import ServingSettings
 from .v1 import v1_answer, v1_request
 
-__all__ = ["MAX_BODY", "allow", "bounded_body", "call_of", "create_app", "service_of"]
+__all__ = ["allow", "bounded_body", "call_of", "create_app", "service_of"]
 
-MAX_BODY = 64 * 2**20
 _BODY_SECONDS = 60.0
 _ALSO = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}
 # Instead of what the router says.
@@ -33,7 +34,7 @@ _TOLD = {
 _log = logging.getLogger(__name__)
 
 
-def create_app(service: Service, max_body: int = MAX_BODY, more: tuple[BaseRoute, ...] = ()) -> ASGIApp:
+def create_app(service: Service, max_body: int = ServingSettings.max_body, more: tuple[BaseRoute, ...] = ()) -> ASGIApp:
     """The application: Open Inference Protocol health and V1.
 
     Args:
@@ -178,6 +179,8 @@ async def bounded_body(request: Request) -> bytes:
     except TimeoutError:
         raise HTTPException(408, f"the body did not arrive within {_BODY_SECONDS:.0f} s. Send less at once.") from None
     except ClientDisconnect:
+        if CROWDED in request.scope:
+            raise OverloadError("the body came slowest of too many connections", "Send it faster.") from None
         raise HTTPException(400, "the client went away") from None
     finally:
         call.bytes_in = size

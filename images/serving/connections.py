@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +18,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-__all__ = ["Bounds", "Connection", "Lingering", "patient"]
+__all__ = ["CROWDED", "Bounds", "Connection", "Lingering", "patient"]
+
+CROWDED = "haechi.crowded"  # in a request's scope: its connection had to go for a newer one
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Bounds:
 
     Attributes:
         connections: at the same time. Far more than requests may wait, and below the usual 1,024 files of a laptop.
+        head_start: bytes that a client is taken to have sent when a request begins, so that new ones are not the slowest.
         head_seconds: until the head of a request is there, from its first byte or from the connection's beginning.
         head_bytes: of the address and all headers together.
         headers: number of headers.
@@ -36,6 +40,7 @@ class Bounds:
     """
 
     connections: int = 512
+    head_start: int = 64 * 1024
     head_seconds: float = 10.0
     head_bytes: int = 32 * 1024
     headers: int = 100
@@ -62,6 +67,8 @@ class Connection(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0  # of a head, as the parser tells them
         self._raw_bytes = 0  # of a head, as they arrive
+        self._since = 0.0  # when the latest request began, or the connection
+        self._received = 0  # bytes since then
         self._leaving = False
         self._deaf = False
 
@@ -70,16 +77,18 @@ class Connection(HttpToolsProtocol):
         """Whether nothing is asked, or only a part of a head has come."""
         return self.cycle is None or self.cycle.response_complete
 
+    @property
+    def waiting(self) -> bool:
+        """Whether the client has to send something before anything goes on."""
+        return (self.idle or (self.cycle.more_body and not self.pipeline)) and not self.transport.is_closing()
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the connection, or refuse it where there are too many and none of them is idle."""
+        """Take the connection, or refuse it where there are too many and all of them wait for us."""
         super().connection_made(transport)  # type: ignore[arg-type]
-        if len(self.connections) > self.bounds.connections:
-            # An idle one has been answered and can come back; a new one may be a probe.
-            other = next((item for item in self.connections if item is not self and item.idle), None)  # type: ignore[union-attr]
-            if other is None:
-                self._answer(503, "the server has as many connections as it takes", b"retry-after: 1\r\n")
-                return self.transport.close()
-            other.transport.close()
+        self._since = time.monotonic()
+        if len(self.connections) > self.bounds.connections and not self._make_room():
+            self._crowded()
+            return self.transport.close()
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -87,6 +96,7 @@ class Connection(HttpToolsProtocol):
         if self._deaf or self.transport.is_closing():
             return
         self._unset_keepalive_if_required()
+        self._received += len(data)
         former, in_body = self.cycle, self.cycle is not None and self.cycle.more_body
         try:
             self._feed(data)
@@ -138,6 +148,7 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= self.bounds.pipelined:
             raise _Excess(f"more than {self.bounds.pipelined} requests wait for an answer on this connection")
         super().on_headers_complete()
+        self._since, self._received = time.monotonic(), 0
         self.cycle.keep_alive = self.cycle.keep_alive and not self._leaving
 
     def on_message_complete(self) -> None:
@@ -166,6 +177,30 @@ class Connection(HttpToolsProtocol):
             kept = [name + b": " + value + b"\r\n" for name, value in self.headers if name not in _OFFER]
             self.parser = httptools.HttpRequestParser(self)
             self._feed(head + b"".join(kept) + b"\r\n" + data[offer.args[0] :])
+
+    def _make_room(self) -> bool:
+        """Let another connection go, since this one may be a probe; False where none of them waits for its client.
+
+        An idle one has been answered and can come back. Else it is the one whose body comes slowest, so that whoever
+        holds connections by sending a byte now and then loses them first.
+        """
+        now = time.monotonic()  # the loop's own clock does not tell apart who comes within a millisecond
+        others = [item for item in self.connections if item is not self and item.waiting]  # type: ignore[union-attr]
+        if not others:
+            return False
+        min(others, key=lambda item: (not item.idle, item._pace(now)))._give_way()  # type: ignore[union-attr]
+        return True
+
+    def _pace(self, now: float) -> float:
+        """Bytes a second of the latest request, from its head on."""
+        return (self._received + self.bounds.head_start) / max(1e-9, now - self._since)
+
+    def _give_way(self) -> None:
+        if not self.idle:
+            self.scope[CROWDED] = True  # type: ignore[literal-required]
+            if not self.cycle.response_started:
+                self._crowded()
+        self.transport.close()
 
     def _leave(self) -> None:
         if self.idle:
@@ -208,6 +243,9 @@ class Connection(HttpToolsProtocol):
         # At once, what the client still sends would reset the connection, and with it the answer.
         self.transport.write_eof()
         self.loop.call_later(self.bounds.linger_seconds, self.transport.close)
+
+    def _crowded(self) -> None:
+        self._answer(503, "the server has as many connections as it takes", b"retry-after: 1\r\n")
 
     def _answer(self, status: int, problem: str, more: bytes = b"") -> None:
         body = json.dumps({"error": problem}).encode()

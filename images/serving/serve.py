@@ -27,15 +27,13 @@ from .pool import Pool
 from .process import DRAIN_SECONDS, Server, address, listen, run
 from .repository import repository_routes
 from .sampler import open_sampler
-from .service import Observer, Open, Service
+from .service import BODIES_HELD, Observer, Open, Service
 from .settings import ServingSettings
 from .swap import Swapper
 from .tracing import Tracing
 from .v2_routes import v2_routes
 
 __all__ = ["serve"]
-
-_HELD = 4  # times the limit of one body: what all bodies and messages at hand may take
 
 
 def serve(
@@ -74,7 +72,7 @@ def serve(
         metrics = Metrics(models)
         access = access_of(settings)
         observers = [metrics, *_watchers(settings, metrics, closing)]
-        service = Service(models, pool, settings.timeout, access, observers, _HELD * settings.max_body)
+        service = Service(models, pool, settings.timeout, access, observers, BODIES_HELD * settings.max_body)
         closing.callback(pool.close)
         swapper = Swapper(
             models,

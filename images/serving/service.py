@@ -17,11 +17,13 @@ from haechi.components.shared.errors import AccessError, DeadlineError, HaechiEr
 from .engine import Engine, Models
 from .inference import InferenceRequest, Prediction
 from .pool import Pool
+from .settings import ServingSettings
 from .stages import Stages
 
-__all__ = ["REQUEST_ID", "Access", "Call", "Observer", "Open", "Outcome", "Role", "Service"]
+__all__ = ["BODIES_HELD", "REQUEST_ID", "Access", "Call", "Observer", "Open", "Outcome", "Role", "Service"]
 
 REQUEST_ID = "x-request-id"
+BODIES_HELD = 4  # times the limit of one body: what all bodies and messages at hand may take
 # Bytes of requests that are always taken, whatever else is held: a camera's picture beside somebody's large uploads.
 _SMALL = 256 * 1024
 _PROBED = ("/", "/metrics")
@@ -188,10 +190,10 @@ class Service:
         self,
         models: Models,
         pool: Pool,
-        timeout: float = 30.0,
+        timeout: float = ServingSettings.timeout,
         access: Access | None = None,
         observers: Sequence[Observer] = (),
-        max_held: int = 256 * 2**20,
+        max_held: int = BODIES_HELD * ServingSettings.max_body,
     ) -> None:
         self.models = models
         self.pool = pool

@@ -9,6 +9,7 @@ import json
 import re
 import socket
 import statistics
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -327,6 +328,48 @@ def test_a_client_too_many_is_told_to_come_back_where_all_others_are_busy(server
         assert status(data) == 503 and b"retry-after: 1" in data and "connections" in message(data)
         server.go.set()
         assert [answer(wire)[0] for wire in busy] == [200] * len(busy)
+
+
+@pytest.mark.parametrize(
+    ("quick", "lost"),
+    [(0, 0), (200, 1)],
+    ids=["the one that has taken longest", "not the one that has taken longest, but the slowest"],
+)
+def test_a_new_client_takes_the_place_of_the_slowest_body(server: Server, quick: int, lost: int) -> None:
+    head = b"POST /v1/models/tiny:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 250000\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        wires = []
+        for _ in range(Tight.bounds.connections):
+            wires.append(stack.enter_context(connect(server)))
+            wires[-1].sendall(head)
+            time.sleep(0.05)
+        wires[0].sendall(b"\0" * 1000 * quick)
+        wait_until(lambda: len(server.server.server_state.tasks) == len(wires))
+        probe = stack.enter_context(connect(server))
+        probe.sendall(GET)
+        assert answer(probe)[0] == 200
+        data = rest(wires[lost])
+        assert status(data) == 503 and b"retry-after: 1" in data and "connections" in message(data)
+        assert server.open == Tight.bounds.connections
+
+
+def test_bodies_that_drip_from_hundreds_of_clients_do_not_keep_probes_out(tmp_path: Path) -> None:
+    tiny_model_folder(tmp_path, ["person"])
+    head = b"POST /v1/models/tiny:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n"
+    with running(tmp_path, stdout=subprocess.DEVNULL) as process, contextlib.ExitStack() as stack:
+        wires = []
+        for _ in range(Bounds.connections + 40):  # the last ones take the places of the first
+            wires.append(stack.enter_context(socket.create_connection(("127.0.0.1", process.http), 10)))
+            wires[-1].sendall(head)
+        for turn in range(4):
+            for wire in wires[40:]:
+                with contextlib.suppress(ConnectionError):
+                    wire.sendall(b"\0")
+            for path in ("live", "ready"):
+                assert httpx.get(f"{process.url}/v2/health/{path}", timeout=5).status_code == 200, turn
+        assert httpx.post(f"{process.url}/v1/models/tiny:predict", content=SCENE).status_code == 200
+        counted = httpx.get(f"{process.url}/metrics").text
+        assert 'outcome="overload"' in counted, "the operator sees that clients were sent away"
 
 
 def test_a_client_that_does_not_read_is_cut_off(server: Server) -> None:
