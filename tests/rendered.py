@@ -126,8 +126,8 @@ def pods(objects: list[Object]) -> Iterator[Pod]:
     """The pods that these objects make; of a ServingRuntime the predictor's, less what an InferenceService adds."""
     for item in objects:
         namespace = item["metadata"].get("namespace", "")
-        if item["kind"] in ("Deployment", "StatefulSet"):
-            template = item["spec"]["template"]
+        if item["kind"] in ("Deployment", "StatefulSet", "CronJob"):
+            template = item["spec"].get("jobTemplate", item)["spec"]["template"]
             yield Pod(namespace, template["metadata"]["labels"], template["spec"], identity(item))
         if item["kind"] == "ServingRuntime":
             spec = {name: item["spec"].get(name, []) for name in ("containers", "volumes")}

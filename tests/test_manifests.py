@@ -291,6 +291,7 @@ ACTORS: dict[str, Pod | str] = {
     "reconciler": "Deployment/kubeflow/haechi-reconciler",
     "mlflow": "Deployment/mlflow/mlflow",
     "postgres": "StatefulSet/mlflow/mlflow-postgres",
+    "cache": "CronJob/kubeflow/haechi-cache",
     "label-studio": "Deployment/haechi-review/label-studio",
     "stable": _stranger("haechi-serving", {**_DETECTOR, "app": "isvc.safety-predictor"}),
     "canary": _stranger("haechi-serving", {**_DETECTOR, "app": "isvc.safety-v-0123456789ab-predictor"}),
@@ -310,7 +311,7 @@ ACTORS: dict[str, Pod | str] = {
 }
 _PORTS = (22, 53, 80, 443, 3306, 5000, 5432, 6443, 8080, 8081, 8333, 8887, 8888, 9000, 9090, 9443)
 # Those that a policy of ours stands before. Which stranger calls which is not ours to say.
-_GUARDED = {"step", "reconciler", "mlflow", "postgres", "label-studio", "stable", "canary", "shadow"}
+_GUARDED = {"step", "reconciler", "cache", "mlflow", "postgres", "label-studio", "stable", "canary", "shadow"}
 # TLS and SSH to anywhere: the Kubernetes API, registries of data and Git are no pods.
 _ANYWHERE = {f"{name}:{port}" for name in set(ACTORS) - _GUARDED for port in (22, 443, 6443)}
 _DETECTORS = {"stable:8080", "canary:8080", "shadow:8080"}
@@ -370,7 +371,7 @@ def test_detectors_reach_the_store_of_pipelines_on_one_machine() -> None:
 def test_names_can_be_looked_up_from_every_pod_that_calls_out(overlay: str) -> None:
     objects = render(f"overlays/{overlay}")
     for pod in [_STEP, *pods(objects)]:
-        assert reaches(objects, pod, _DNS, 53, "UDP") is not pod.owner.startswith("StatefulSet")
+        assert reaches(objects, pod, _DNS, 53, "UDP") is not pod.owner.startswith(("StatefulSet", "CronJob"))
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
