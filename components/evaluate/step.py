@@ -15,6 +15,7 @@ from ..shared.dataset import SPLITS, ManifestRow, dataset_digest, read_rows
 from ..shared.detections import Detections
 from ..shared.errors import InputError, IntegrityError
 from ..shared.files import atomic_folder, write_bytes, write_json
+from ..shared.frame_cache import FrameCache
 from ..shared.frames import fetch_frame
 from ..shared.model_folder import ModelFolder, fetch_model, model_cache
 from ..shared.progress import say
@@ -163,9 +164,10 @@ def _score(folders: Sequence[Path], data: _Data, store: Store, settings: Setting
     detectors = [
         (model.detector(folder, settings.threads), model.iou) for model, folder in zip(models, folders, strict=True)
     ]
+    cache = FrameCache.open(settings.cache_path)
     every = detect_all(
         data.test,
-        lambda row: fetch_frame(store, row, settings.cache_path),
+        lambda row: fetch_frame(store, row, cache),
         lambda row: row.key or row.sha256,
         detectors,
         settings.workers,
@@ -225,13 +227,14 @@ def _page(
         challenger.limits,
         champion.limits if champion else (),
     )
+    cache = FrameCache.open(settings.cache_path)
     pictures = draw(
         mistakes,
         data.frames,
         challenger.found,
         data.classes,
         challenger.limits,
-        lambda position: fetch_frame(store, data.test[position], settings.cache_path),
+        lambda position: fetch_frame(store, data.test[position], cache),
     )
     counts = Counter(row.split for row in data.rows)
     facts = DatasetFacts(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from .dataset import Frame, frame_key
 from .errors import IntegrityError
-from .files import sha256_bytes, write_bytes
+from .files import sha256_bytes
+from .frame_cache import FrameCache
 from .images import MAX_BYTES
 from .storage import Store
 
-__all__ = ["cached_frame", "check_frame_name", "fetch_frame"]
+__all__ = ["check_frame_name", "fetch_frame"]
 
 _NAME = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{1,5}")
 
@@ -28,12 +28,7 @@ def check_frame_name(frame: Frame) -> None:
         )
 
 
-def cached_frame(cache: Path, frame: Frame) -> Path:
-    """Where a frame lies in a cache folder; the same place for every step, so that they share it."""
-    return cache / frame.sha256[:2] / f"{frame.sha256}.{frame.ext}"
-
-
-def fetch_frame(store: Store, frame: Frame, cache: Path | None = None) -> bytes:
+def fetch_frame(store: Store, frame: Frame, cache: FrameCache | None = None) -> bytes:
     """A frame's encoded bytes, from the cache where they are whole there, else from the store (and into the cache).
 
     Raises:
@@ -41,11 +36,9 @@ def fetch_frame(store: Store, frame: Frame, cache: Path | None = None) -> bytes:
         StorageError: it is missing, or the store cannot be reached.
     """
     check_frame_name(frame)
-    kept = cached_frame(cache, frame) if cache else None
-    if kept and kept.is_file():
-        data = kept.read_bytes()
-        if sha256_bytes(data) == frame.sha256:
-            return data
+    kept = cache.read(frame) if cache else None
+    if kept is not None:
+        return kept
     key = frame_key(frame.sha256, frame.ext)
     data = store.get(key, limit=MAX_BYTES)
     if sha256_bytes(data) != frame.sha256:
@@ -53,6 +46,6 @@ def fetch_frame(store: Store, frame: Frame, cache: Path | None = None) -> bytes:
             f"{store.uri(key)} does not hold the bytes that its name says ({len(data)} bytes)",
             "Restore the object from a backup, or remove it and ingest the frame again.",
         )
-    if kept:
-        write_bytes(kept, data)
+    if cache:
+        cache.keep(frame, data)
     return data

@@ -8,9 +8,7 @@ by hard links. Files that are right already stay. `data.yaml` is written last an
 from __future__ import annotations
 
 import errno
-import os
 import shutil
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,8 @@ import yaml
 from .dataset import SPLITS, ManifestRow, frame_key, read_rows
 from .errors import InputError, IntegrityError, StorageError
 from .files import sha256_file, write_bytes, write_json
-from .frames import cached_frame, check_frame_name, fetch_frame
+from .frame_cache import FrameCache
+from .frames import check_frame_name, fetch_frame
 from .progress import Progress
 from .storage import ObjectMissing, Store, ordered_map
 
@@ -28,7 +27,6 @@ __all__ = ["Materialized", "label_lines", "materialize"]
 
 _OURS = ".haechi-dataset"  # marks a folder whose content may be replaced
 _SMALL_FILE = 4096  # disk space that a label file takes
-_ABANDONED_S = 3600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -74,7 +72,7 @@ def materialize(
         classes: ordered class names; their order gives the label files' class numbers. Boxes of others are left out.
         dest: an empty or new folder, or one of an earlier call.
         store: where the frames are.
-        cache: folder of frames kept between calls; None for none.
+        cache: folder of frames kept between calls; None for none. One that cannot be written is done without.
         splits: which splits to write.
 
     Raises:
@@ -87,11 +85,11 @@ def materialize(
     _check(rows, splits)
     root = dest.absolute()
     _prepare(root, rows, splits)
-    job = _Job(root, store, _prepare_cache(cache) if cache else None)
+    job = _Job(root, store, FrameCache.open(cache))
     sizes = _sizes(store, rows)
     needed = job.needed(rows, sizes)
     try:
-        _require_space(needed)
+        _require_space(root, needed)
         counts = job.run(rows)
         for row in rows:
             _write_if_new(root / _label_path(row), label_lines(row, classes))
@@ -100,9 +98,8 @@ def materialize(
         write_bytes(root / "data.yaml", _data_yaml(root, classes, splits))
     except StorageError as error:
         if _is_full(error):
-            amount = " and ".join(f"{_mib(size)} in {folder}" for folder, size in needed.items())
             raise StorageError(
-                f"the disk is full while writing the dataset to {root}, which needs {amount} in all ({error.problem})",
+                f"the disk is full while writing the dataset to {root}, which needs {_mib(needed)} in all ({error.problem})",
                 "Free space or choose another folder, then run again: what was written is kept.",
             ) from error
         raise
@@ -125,19 +122,16 @@ def label_lines(row: ManifestRow, classes: Sequence[str]) -> bytes:
 class _Job:
     """Brings frames to their place: kept, linked from the cache, or fetched."""
 
-    def __init__(self, root: Path, store: Store, cache: Path | None) -> None:
+    def __init__(self, root: Path, store: Store, cache: FrameCache | None) -> None:
         self.root, self.store, self.cache = root, store, cache
 
-    def needed(self, rows: Sequence[ManifestRow], sizes: Mapping[str, int]) -> dict[Path, int]:
-        """Bytes still to write, by folder (the cache counts by itself only where it is another disk)."""
+    def needed(self, rows: Sequence[ManifestRow], sizes: Mapping[str, int]) -> int:
+        """Bytes still to write that must find room, at the root; a cache on another disk keeps what it has room for."""
         absent = [row for row in rows if not (self.root / _image_path(row)).exists()]
-        labels = _SMALL_FILE * len(rows)
-        if self.cache is None:
-            return {self.root: sum(sizes[row.sha256] for row in absent) + labels}
-        fetched = sum(sizes[row.sha256] for row in absent if not cached_frame(self.cache, row).exists())
-        if self.cache.stat().st_dev == self.root.stat().st_dev:
-            return {self.root: fetched + labels}
-        return {self.root: sum(sizes[row.sha256] for row in absent) + labels, self.cache: fetched}
+        if self.cache and self.cache.folder.stat().st_dev == self.root.stat().st_dev:
+            # What is linked takes no room of its own.
+            absent = [row for row in absent if not self.cache.has(row)]
+        return sum(sizes[row.sha256] for row in absent) + _SMALL_FILE * len(rows)
 
     def run(self, rows: Sequence[ManifestRow]) -> dict[str, int]:
         counts = {"fetched": 0, "cached": 0, "kept": 0}
@@ -154,17 +148,12 @@ class _Job:
         if _is_whole(target, row.sha256):
             return "kept"
         target.unlink(missing_ok=True)
-        if self.cache is None:
-            write_bytes(target, fetch_frame(self.store, row))
-            return "fetched"
-        cached = cached_frame(self.cache, row)
-        # A trainer may have "repaired" a linked picture in place, so the cache is trusted by its hash alone.
-        outcome = "cached"
-        if not _is_whole(cached, row.sha256):
-            write_bytes(cached, fetch_frame(self.store, row))
-            outcome = "fetched"
-        _link(cached, target)
-        return outcome
+        if self.cache and self.cache.link(row, target):
+            return "cached"
+        data = fetch_frame(self.store, row)
+        if not (self.cache and self.cache.keep(row, data) and self.cache.link(row, target)):
+            write_bytes(target, data)
+        return "fetched"
 
 
 def _check(rows: Sequence[ManifestRow], splits: Sequence[str]) -> None:
@@ -206,21 +195,6 @@ def _prepare(root: Path, rows: Iterable[ManifestRow], splits: Sequence[str]) -> 
         ) from error
 
 
-def _prepare_cache(cache: Path) -> Path:
-    """Make the cache folder, and remove what a killed call left in it (never what a running one is writing)."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        for partial in cache.glob("??/.*"):
-            if time.time() - partial.stat().st_mtime > _ABANDONED_S:
-                partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"cannot use the cache {cache}: {error.strerror or error}",
-            "Set HAECHI_CACHE_DIR to a folder that can be written, or leave it empty.",
-        ) from error
-    return cache.absolute()
-
-
 def _sizes(store: Store, rows: Sequence[ManifestRow]) -> dict[str, int]:
     """Bytes of every frame, from one listing."""
     listed = {item.key: item.size for item in store.list("frames/")} if rows else {}
@@ -235,26 +209,17 @@ def _sizes(store: Store, rows: Sequence[ManifestRow]) -> dict[str, int]:
     return {sha256: size or 0 for sha256, size in sizes.items()}
 
 
-def _require_space(needed: Mapping[Path, int]) -> None:
-    for folder, size in needed.items():
-        free = shutil.disk_usage(folder).free
-        if size > free:
-            raise StorageError(
-                f"{folder} needs {_mib(size)} and its disk has {_mib(free)} free",
-                "Free space, or choose a folder on a larger disk.",
-            )
+def _require_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StorageError(
+            f"{folder} needs {_mib(needed)} and its disk has {_mib(free)} free",
+            "Free space, or choose a folder on a larger disk.",
+        )
 
 
 def _is_whole(path: Path, sha256: str) -> bool:
     return path.is_file() and not path.is_symlink() and sha256_file(path) == sha256
-
-
-def _link(source: Path, target: Path) -> None:
-    """Hard link, or a copy where the file system has none; in place at once either way."""
-    try:
-        os.link(source, target)
-    except OSError:
-        write_bytes(target, source.read_bytes())
 
 
 def _write_if_new(path: Path, data: bytes) -> None:

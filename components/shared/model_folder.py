@@ -23,6 +23,7 @@ import numpy as np
 from .detections import Detections, Detector
 from .errors import InputError, IntegrityError, ModelError, SettingsError
 from .files import atomic_folder, read_json, sha256_file, write_bytes, write_json
+from .frame_cache import usable_folder
 from .images import decode
 from .parity import Agreement, Tolerance, agree, compare
 from .settings import Settings
@@ -321,8 +322,9 @@ def _locked(target: Path) -> Iterator[None]:
 @contextmanager
 def model_cache(settings: Settings) -> Iterator[Path]:
     """The folder for fetched models: in the cache where there is one, else a scratch folder that goes at the end."""
-    if settings.cache_path:
-        yield settings.cache_path / "models"
+    cache = usable_folder(settings.cache_path)
+    if cache:
+        yield cache / "models"
         return
     with tempfile.TemporaryDirectory(prefix="haechi-models-") as folder:
         yield Path(folder)

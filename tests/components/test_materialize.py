@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +162,57 @@ class TestCache:
         finally:
             shutil.rmtree(cache, ignore_errors=True)
 
-    def test_that_cannot_be_made_is_named(self, store: Store, rows: list[ManifestRow], tmp_path: Path) -> None:
+    def test_that_cannot_be_made_is_done_without_and_told(
+        self, store: Store, rows: list[ManifestRow], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         (tmp_path / "file").write_bytes(b"")
-        with pytest.raises(StorageError, match="HAECHI_CACHE_DIR"):
-            materialize(rows, CLASSES, tmp_path / "a", store, cache=tmp_path / "file")
+        result = materialize(rows, CLASSES, tmp_path / "a", store, cache=tmp_path / "file")
+        assert (result.fetched, result.cached) == (8, 0)
+        assert f"HAECHI_CACHE_DIR {tmp_path / 'file'} cannot be written" in capsys.readouterr().err
+
+    def test_on_a_small_disk_takes_what_there_is_room_for_and_never_fills_it(
+        self, store: Store, tiny_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        rows = [add(store, n, "train", data=os.urandom(100_000)) for n in range(14)]
+        results = [materialize(rows, CLASSES, tmp_path / name, store, cache=tiny_disk / "cache") for name in "ab"]
+        assert results[0].fetched == 14
+        # What was used in this run is not put away for the rest of it, so the next one finds a part and not nothing.
+        assert 6 <= results[1].cached <= 9
+        disk = shutil.disk_usage(tiny_disk)
+        assert disk.free >= disk.total // 10
+        assert "takes no more frames" in capsys.readouterr().err
+
+    def test_puts_away_what_nobody_used_for_longest(self, store: Store, tiny_disk: Path, tmp_path: Path) -> None:
+        cache = tiny_disk / "cache"
+        rows = [add(store, n, "train", data=os.urandom(100_000)) for n in range(12)]
+        old, used, new = rows[:4], rows[4:8], rows[8:]
+        for name, some in (("a", old), ("b", used)):
+            materialize(some, CLASSES, tmp_path / name, store, cache=cache)
+        for row in old:
+            os.utime(cache / row.sha256[:2] / f"{row.sha256}.jpg", (0, 0))
+        materialize(new, CLASSES, tmp_path / "c", store, cache=cache)
+        kept = {path.stem for path in cache.rglob("*.jpg")}
+        assert kept >= {row.sha256 for row in (*used, *new)}
+        assert not kept & {row.sha256 for row in old}
+
+    def test_is_shared_by_processes_at_once_and_by_those_that_are_killed(
+        self, store: Store, settings: Settings, tmp_path: Path
+    ) -> None:
+        rows = [add(store, n, "train", data=os.urandom(200_000)) for n in range(60)]
+        write_rows(tmp_path / "manifest.parquet", ManifestRow, rows)
+        shared = replace(settings, cache_dir=str(tmp_path / "cache"))
+        several = [start(shared, tmp_path / "manifest.parquet", tmp_path / f"p{n}") for n in range(3)]
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("cache/*/[!.]*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        several[0].kill()
+        for process in several:
+            process.communicate()
+        assert [process.returncode for process in several] == [-9, 0, 0]
+        whole = [path for path in tmp_path.glob("cache/*/[!.]*") if sha256_bytes(path.read_bytes()) == path.stem]
+        assert len(whole) == 60
+        assert materialize(rows, CLASSES, tmp_path / "last", store, cache=tmp_path / "cache").cached == 60
 
 
 class TestIntegrity:
@@ -222,7 +271,8 @@ manifest, dest, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
-    materialize(manifest, ("smoke", "fire"), dest, Store(Settings.from_env()))
+    settings = Settings.from_env()
+    materialize(manifest, ("smoke", "fire"), dest, Store(settings), settings.cache_path)
 except HaechiError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
