@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,12 @@ PARAMETERS: dict[str, type] = {
     "target": str,
     "rollout": dict,
     "seed": int,
+    "retrain": bool,
     "device": str,
+    "train_cpu": str,
+    "train_memory": str,
+    "infer_cpu": str,
+    "infer_memory": str,
     "gpu_type": str,
     "gpu_count": str,
     "node_selector": dict,
@@ -49,6 +55,18 @@ PARAMETERS: dict[str, type] = {
     "mlflow_secret": str,
     "roboflow_secret": str,
     "git_secret": str,
+}
+
+# What the cluster would refuse only when the step's turn comes, hours into a run: name → what is right, and in words.
+_CPU = re.compile(r"(?=.*[1-9])(\d+(\.\d+)?|\d+m)"), "CPUs such as 2 or 500m"
+_MEMORY = re.compile(r"(?=.*[1-9])\d+(\.\d+)?[MGT]i?"), "memory with its unit, such as 4Gi or 500Mi"
+_WORDS: dict[str, tuple[re.Pattern[str], str]] = {
+    "train_cpu": _CPU,
+    "train_memory": _MEMORY,
+    "infer_cpu": _CPU,
+    "infer_memory": _MEMORY,
+    "gpu_count": (re.compile(r"\d+"), "a whole number; 0 for none"),
+    "gpu_type": (re.compile(r"[a-z0-9.-]+/[A-Za-z0-9._-]+"), "a resource name such as nvidia.com/gpu"),
 }
 
 
@@ -118,11 +136,14 @@ def check(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             value = float(value)
         if wanted is str and isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)
-        if not isinstance(value, wanted) or isinstance(value, bool):
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise InputError(
                 f"{where}: {key} is {json.dumps(value, default=str)}, not a {wanted.__name__}",
                 f"Give a {wanted.__name__}.",
             )
+        pattern, words = _WORDS.get(key, (None, ""))
+        if pattern and not pattern.fullmatch(value):
+            raise InputError(f"{where}: {key} is {value!r}", f"Give {words}.")
         checked[key] = value
     if checked.get("candidates") == []:
         raise InputError(f"{where}: candidates is empty", "Name at least one training.")

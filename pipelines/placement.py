@@ -1,4 +1,4 @@
-"""Where a step's pod runs and what it gets there: image, settings, credentials, scratch space, accelerators.
+"""Where a step's pod runs and what it gets there: image, settings, credentials, CPU and memory, accelerators.
 
 Nothing here has an effect under kfp.local, where steps read the same settings from the environment.
 """
@@ -9,7 +9,7 @@ from kfp import dsl, kubernetes
 
 from haechi.components.shared.settings import GIT_CREDENTIALS
 
-__all__ = ["on_cluster", "on_gpu", "with_git", "with_roboflow"]
+__all__ = ["on_cluster", "on_gpu", "with_git", "with_requests", "with_roboflow"]
 
 _SETTINGS = ("HAECHI_S3_ENDPOINT", "HAECHI_S3_REGION", "HAECHI_BUCKET", "MLFLOW_TRACKING_URI")
 _CREDENTIALS = {"access_key": "HAECHI_S3_ACCESS_KEY", "secret_key": "HAECHI_S3_SECRET_KEY"}
@@ -28,14 +28,17 @@ _RETRY: dict[str, Any] = {
     "backoff_factor": 1.0,
     "backoff_max_duration": "14d",
 }
-# Steps with an effect outside their outputs: a cached success would be a stale green.
-_NEVER_CACHED = ("resolve", "ingest", "label", "build", "deploy", "refuse")
+# What a step asks for that runs no model: it waits for the store and for MLflow, and decodes pictures.
+_LIGHT = {"cpu": "250m", "memory": "512Mi"}
 
 
 def on_cluster(
     task: dsl.PipelineTask, image: Any, config_map: Any, secret: Any, mlflow_secret: Any
 ) -> dsl.PipelineTask:
-    """Give a task its image, settings, credentials, a non-root user and a writable /tmp.
+    """Give a task its image, settings, credentials, CPU and memory, a non-root user and a writable /tmp.
+
+    Pipelines' own cache is off: its key tells artifacts by the number of their record and code by the image's tag, so it
+    would miss equal data and take a rebuilt image for the old one. What may be reused is found by digest in the steps.
 
     Args:
         task: the task, in the pipeline's function.
@@ -45,8 +48,7 @@ def on_cluster(
         mlflow_secret: pipeline parameter that names the Secret with `username` and `password`, or `token`; a cluster
             whose MLflow asks for none needs no such Secret.
     """
-    if task.name.rstrip("-0123456789") in _NEVER_CACHED:
-        task.set_caching_options(False)
+    task.set_caching_options(False)
     task.set_container_image(image)
     kubernetes.use_config_map_as_env(task, config_map, {name: name for name in _SETTINGS})
     kubernetes.use_secret_as_env(task, secret, _CREDENTIALS)
@@ -54,7 +56,17 @@ def on_cluster(
     kubernetes.set_security_context(task, run_as_user=_USER, run_as_group=_USER, run_as_non_root=True)
     # The step pods must work with a read-only root: everything that they scribble goes here.
     kubernetes.empty_dir_mount(task, "tmp", "/tmp")  # noqa: S108
-    return task
+    return with_requests(task, **_LIGHT)
+
+
+def with_requests(task: dsl.PipelineTask, cpu: Any, memory: Any) -> dsl.PipelineTask:
+    """Ask for CPU and memory on the node that a task's pod goes to; it may use more where the node has it.
+
+    Args:
+        task: the task, in the pipeline's function.
+        cpu, memory: Kubernetes quantities such as "2" or "500m" and "4Gi", or pipeline parameters.
+    """
+    return task.set_cpu_request(cpu).set_memory_request(memory)
 
 
 def on_gpu(

@@ -13,7 +13,7 @@ from haechi.components.label.component import label
 from haechi.components.resolve.component import resolve
 from haechi.components.train.component import train
 
-from .placement import on_cluster, on_gpu, with_git, with_roboflow
+from .placement import on_cluster, on_gpu, with_git, with_requests, with_roboflow
 
 __all__ = ["training"]
 
@@ -42,7 +42,12 @@ def training(
     target: str = "none",
     rollout: dict = {},  # noqa: B006
     seed: int = 0,
+    retrain: bool = False,
     device: str = "auto",
+    train_cpu: str = "2",
+    train_memory: str = "4Gi",
+    infer_cpu: str = "1",
+    infer_memory: str = "2Gi",
     gpu_type: str = "nvidia.com/gpu",
     gpu_count: str = "0",
     node_selector: dict = {},  # noqa: B006
@@ -77,7 +82,12 @@ def training(
         target: none, dir:/path, kserve:namespace/name or git:repository#branch:path.
         rollout: steps and limits of a rollout on KServe that differ from the defaults.
         seed: of splits, training and bootstrap.
+        retrain: train also where the bucket holds an equal training, of the same data, settings and code.
         device: auto, cpu, mps, 0 or 0,1.
+        train_cpu: CPUs that a training asks its node for, such as 2 or 500m.
+        train_memory: memory that a training asks its node for, such as 4Gi; shared memory counts in.
+        infer_cpu: CPUs that label, export and evaluate ask for.
+        infer_memory: memory that label, export and evaluate ask for.
         gpu_type: accelerator resource name.
         gpu_count: accelerators a training gets; 0 for none.
         node_selector: of the training pods.
@@ -117,6 +127,7 @@ def training(
         ),
         *steps,
     )
+    with_requests(labelled, infer_cpu, infer_memory)
     built = on_cluster(
         build(
             labels=labelled.outputs["labels"],
@@ -138,12 +149,16 @@ def training(
             candidate=candidate,
             champion=champion,
             seed=seed,
+            retrain=retrain,
             device=device,
+            train_cpu=train_cpu,
+            train_memory=train_memory,
             gpu_type=gpu_type,
             gpu_count=gpu_count,
             run_id=run_id,
         )
-        on_gpu(on_cluster(fitted, *heavy), gpu_type, gpu_count, node_selector, tolerations)
+        with_requests(on_cluster(fitted, *heavy), train_cpu, train_memory)
+        on_gpu(fitted, gpu_type, gpu_count, node_selector, tolerations)
 
     exported = on_cluster(
         export(
@@ -156,10 +171,12 @@ def training(
         ),
         *heavy,
     )
+    with_requests(exported, infer_cpu, infer_memory)
     onnx_model = exported.outputs["onnx_model"]
     judged = on_cluster(
         evaluate(onnx_model=onnx_model, dataset=dataset, name=name, champion=champion, gate=gate), *steps
     )
+    with_requests(judged, infer_cpu, infer_memory)
     verdict = judged.outputs["verdict"]
 
     with dsl.If(judged.outputs["Output"] == "promote"):

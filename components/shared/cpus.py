@@ -32,11 +32,18 @@ def granted_cpus(root: Path = Path("/"), affinity: int | None = None) -> Cpus:
         root: of the file system, for tests with planted files.
         affinity: CPUs that the scheduler may use; None asks the system.
     """
-    count = affinity if affinity is not None else len(os.sched_getaffinity(0))
+    count = affinity if affinity is not None else _affinity()
     quota = min(_quotas(root), default=float(count))
     # Rounded down: a thread more than the quota pays is stopped for the rest of each period.
     share = min(quota, float(count))
     return Cpus(share, max(1, int(share + 1e-6)), "cgroup" if quota < count else "affinity")
+
+
+def _affinity() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS has no affinity
+        return os.cpu_count() or 1
 
 
 def _quotas(root: Path) -> Iterator[float]:

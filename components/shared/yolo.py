@@ -14,9 +14,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .cpus import granted_cpus
 from .errors import ModelError
 
-__all__ = ["cpu_count", "load_detector", "tame"]
+__all__ = ["load_detector", "tame"]
 
 _ENVIRONMENT = {
     "YOLO_OFFLINE": "true",  # never look for a newer version, weights or data sets on the net
@@ -27,21 +28,13 @@ _ENVIRONMENT = {
 _INTEGRATIONS = ("sync", "clearml", "comet", "dvc", "mlflow", "raytune", "tensorboard", "wandb")
 
 
-def cpu_count() -> int:
-    """Processors that this process may use (a container's cpuset, not the whole node)."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS has no affinity
-        return os.cpu_count() or 1
-
-
 def tame(threads: int = 0, home: Path | None = None) -> Any:
     """Import Ultralytics so that it neither phones, installs, logs elsewhere nor touches the user's settings.
 
     The variables are also what a multi-GPU training's child processes inherit.
 
     Args:
-        threads: compute threads for torch; 0 for all processors that this process may use.
+        threads: compute threads for torch; 0 for as many as the CPUs that are granted bear.
         home: a writable folder for its settings and matplotlib's cache; a temporary one by default.
 
     Returns:
@@ -53,7 +46,7 @@ def tame(threads: int = 0, home: Path | None = None) -> Any:
             folder.mkdir(parents=True, exist_ok=True)
             os.environ[name] = str(folder)
         # Its import would otherwise set one thread for the whole process when the variable is missing.
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads or cpu_count()))
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads or granted_cpus().threads))
     os.environ.update(_ENVIRONMENT)
     package = importlib.import_module("ultralytics")
     utils = importlib.import_module("ultralytics.utils")
@@ -64,7 +57,7 @@ def tame(threads: int = 0, home: Path | None = None) -> Any:
     tasks.SAFE_LOAD = True  # read from the environment at its import, which may lie before us
     logging.getLogger("ultralytics").setLevel(logging.ERROR)
     torch = importlib.import_module("torch")
-    torch.set_num_threads(threads or cpu_count())
+    torch.set_num_threads(threads or granted_cpus().threads)
     return package
 
 

@@ -13,7 +13,10 @@ def train(
     candidate: dict,
     champion: str,
     seed: int,
+    retrain: bool,
     device: str,
+    train_cpu: str,
+    train_memory: str,
     gpu_type: str,
     gpu_count: str,
     run_id: str,
@@ -27,7 +30,10 @@ def train(
         candidate: name, model, weights, epochs, imgsz, batch, patience and further Ultralytics options.
         champion: the champion's version, which a candidate may start from; empty for none.
         seed: of weights, order and augmentation.
+        retrain: train also where the bucket holds an equal training.
         device: auto, cpu, mps, 0, or 0,1.
+        train_cpu: CPUs that the pod asks for; used by the scheduler, not here.
+        train_memory: memory that the pod asks for; used by the scheduler, not here.
         gpu_type: accelerator resource that the pod asks for; used by the scheduler, not here.
         gpu_count: accelerators that the pod asks for; used by the scheduler, not here.
         run_id: the pipeline's run, noted in MLflow.
@@ -41,5 +47,7 @@ def train(
 
     with tempfile.TemporaryDirectory(prefix="haechi-train-") as work:
         out, settings = Path(checkpoint.path), Settings.from_env()
-        result = run(Path(dataset.path), name, candidate, champion, seed, device, run_id, out, Path(work), settings)
+        folders = {"dataset": Path(dataset.path), "out": out, "work": Path(work)}
+        world = {"name": name, "champion": champion, "run_id": run_id, "settings": settings}
+        result = run(candidate=candidate, seed=seed, device=device, retrain=retrain, **folders, **world)
         checkpoint.metadata.update({key: value for key, value in result.metadata().items() if value is not None})

@@ -8,12 +8,13 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..shared.errors import StorageError
-from ..shared.files import read_json, write_bytes, write_json
+from ..shared.files import read_json, sha256_file, write_bytes, write_json
 from ..shared.progress import say
 from ..shared.settings import Settings
 from ..shared.storage import ObjectMissing, Store
@@ -25,14 +26,31 @@ _LOCAL_SECONDS = 10.0
 _DISTRIBUTIONS = ("ultralytics-opencv-headless", "ultralytics")
 
 
-def training_key(dataset_digest: str, candidate: Mapping[str, Any], seed: int, base_sha256: str) -> str:
+def training_key(
+    dataset_digest: str, candidate: Mapping[str, Any], seed: int, base_sha256: str, only_run: str = ""
+) -> str:
     """Digest (32 hex digits) of all that decides a training's outcome; equal key, equal checkpoint.
 
-    The candidate's name is left out, the installed Ultralytics release is bound in.
+    The candidate's name is left out; the installed Ultralytics release and our own code are bound in, so that neither a
+    new release nor an image that was rebuilt under an old tag is given what another one trained.
+
+    Args:
+        dataset_digest, candidate, seed, base_sha256: what is trained, how, and from what.
+        only_run: the one run that may find it; empty for all.
     """
     settings = {key: value for key, value in candidate.items() if key not in ("name", "weights")}
-    parts = [FORMAT_VERSION, _release(), dataset_digest, settings, seed, base_sha256]
+    parts = [FORMAT_VERSION, _release(), _code(), dataset_digest, settings, seed, base_sha256]
+    parts += [only_run] if only_run else []
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@cache
+def _code() -> str:
+    """Digest of the sources of this room and of what it shares with others."""
+    here = Path(__file__).parent
+    sources = sorted([*here.glob("*.py"), *(here.parent / "shared").glob("*.py")])
+    listed = [f"{path.parent.name}/{path.name} {sha256_file(path)}" for path in sources]
+    return hashlib.sha256("\n".join(listed).encode()).hexdigest()
 
 
 def _release() -> str:

@@ -16,13 +16,14 @@ from typing import Any
 
 import yaml
 
+from ..shared.cpus import granted_cpus
 from ..shared.dataset import ManifestRow, dataset_digest, read_rows
 from ..shared.errors import InputError, IntegrityError, NoDataError, TrainError
 from ..shared.files import atomic_folder, read_json, write_bytes, write_json
 from ..shared.progress import say
 from ..shared.settings import Settings
 from ..shared.storage import Store
-from ..shared.yolo import cpu_count, tame
+from ..shared.yolo import tame
 from .candidate import Candidate
 from .reporting import EpochReporter, open_run
 from .state import StateKeeper, TrainPlan, training_key
@@ -116,6 +117,7 @@ def train(
     work: Path,
     settings: Settings,
     upload_every: float = 60.0,
+    retrain: bool = False,
 ) -> TrainResult:
     """Train one candidate and write `checkpoint.pt`, `train.json` and `results.csv` into `out`.
 
@@ -134,6 +136,7 @@ def train(
         work: scratch folder.
         settings: of object store and MLflow; `threads` are torch's.
         upload_every: seconds between uploads of the resumable state.
+        retrain: take nothing from other runs; within `run_id` it is resumed, and not run twice, all the same.
 
     Raises:
         InputError: the device is not there, or the seed is negative.
@@ -168,7 +171,8 @@ def train(
     except InputError as error:
         return _write_failed(replace(failed, reason=str(error)), out)
     failed = replace(failed, candidate=settled.to_dict(), imgsz=settled.imgsz)
-    return _Attempt(data, settled, base, seed, chosen, work, settings, upload_every).run(
+    only_run = run_id if retrain else ""
+    return _Attempt(data, settled, base, seed, chosen, work, settings, upload_every, only_run).run(
         failed, out, {"haechi.run": run_id, "haechi.model": name}
     )
 
@@ -235,9 +239,10 @@ class _Attempt:
     work: Path
     settings: Settings
     upload_every: float
+    only_run: str
 
     def run(self, blank: TrainResult, out: Path, tags: dict[str, str]) -> TrainResult:
-        key = training_key(self.data.digest, self.candidate.to_dict(), self.seed, self.base.sha256)
+        key = training_key(self.data.digest, self.candidate.to_dict(), self.seed, self.base.sha256, self.only_run)
         home = self.work / key
         keeper = StateKeeper(home, self.settings, key, self.upload_every)
         known = keeper.finished(home / "finished")
@@ -332,7 +337,7 @@ class _Attempt:
         """Loader processes: none on the CPU; on GPUs as many as processors and shared memory bear."""
         if not self.device[0].isdigit():
             return 0
-        share = cpu_count() // len(self.device.split(","))
+        share = granted_cpus().threads // len(self.device.split(","))
         batch = self.candidate.batch * _BYTES_A_PIXEL * self.candidate.imgsz**2
         shared = Path("/dev/shm")  # noqa: S108 - the loader's own place, nothing is written by us
         free = shutil.disk_usage(shared).free if shared.is_dir() else 0

@@ -120,3 +120,9 @@ def test_an_affinity_below_the_quota_counts(tmp_path: Path) -> None:
 
 def test_on_this_machine_it_is_at_least_one_and_no_more_than_the_affinity() -> None:
     assert 1 <= granted_cpus().threads <= len(os.sched_getaffinity(0))
+
+
+def test_a_system_without_affinity_counts_its_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert granted_cpus(tmp_path).threads == 3

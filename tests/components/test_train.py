@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
 import time
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
 from haechi.components.shared.yolo import tame
 from haechi.components.shared.yolo_format import label_path, read_data_yaml, read_labels, split_images
+from haechi.components.train import state
 from haechi.components.train.candidate import Candidate
 from haechi.components.train.reporting import EpochReporter, metric_table
 from haechi.components.train.state import training_key
@@ -108,7 +111,26 @@ def test_the_key_binds_settings_and_not_the_name() -> None:
     key = training_key("d", entry, 0, "")
     assert key == training_key("d", entry | {"name": "other"}, 0, "")
     changed = [training_key("e", entry, 0, ""), training_key("d", entry, 1, ""), training_key("d", entry, 0, "b")]
-    assert len({key, *changed, training_key("d", entry | {"lr0": 0.1}, 0, "")}) == 5
+    changed += [training_key("d", entry, 0, "", "run-1"), training_key("d", entry, 0, "", "run-2")]
+    assert len({key, *changed, training_key("d", entry | {"lr0": 0.1}, 0, "")}) == 7
+
+
+def test_other_code_under_the_same_tag_finds_nothing_that_it_did_not_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry, rooms = Candidate.parse(TINY).to_dict(), Path(state.__file__).parents[1]
+    for room in ("train", "shared"):
+        shutil.copytree(rooms / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
+    keys = [training_key("d", entry, 0, "")]
+    monkeypatch.setattr(state, "__file__", str(tmp_path / "train" / "state.py"))
+    for path in (None, tmp_path / "train" / "coverage.py", tmp_path / "shared" / "materialize.py"):
+        if path:
+            path.write_text(path.read_text().replace("return ", "return  ", 1))
+        state._code.cache_clear()
+        keys.append(training_key("d", entry, 0, ""))
+    state._code.cache_clear()
+    assert keys[0] == keys[1], "where the code lies does not count"
+    assert len(set(keys)) == 3
 
 
 @pytest.mark.parametrize(
@@ -181,6 +203,32 @@ def test_a_training_writes_its_checkpoint_and_is_not_run_twice(
     before, after = tensors(out / "checkpoint.pt"), tensors(tmp_path / "o3" / "checkpoint.pt")
     rows = [entry["model.23.cv3.0.2.weight"].flatten(1) for entry in (before, after)]
     assert rows[1].flip(0).tolist() == rows[0].tolist() != rows[1].tolist()
+
+
+def test_a_training_that_is_made_anew_reads_its_frames_from_the_cache_and_belongs_to_its_run(
+    dataset: Path, tmp_path: Path, one_thread: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, get = list[str](), Store.get
+
+    def counted(store: Store, key: str, limit: int | None = None) -> bytes:
+        read.append(key)
+        return get(store, key, limit)
+
+    monkeypatch.setattr(Store, "get", counted)
+    cached = replace(one_thread, cache_dir=str(tmp_path / "cache"))
+
+    def frames_and_trainings(**how: Any) -> tuple[int, int]:
+        """Frames read from the store by one more pod with an empty disk, and trainings that the bucket knows then."""
+        read.clear()
+        pod = tmp_path / str(uuid.uuid4())
+        assert fit(dataset, pod, cached, TINY | {"epochs": 1}, **how).status == "ok"
+        kept = {item.key.split("/")[2] for item in store.list("state/train/")}
+        return sum(key.startswith("frames/") for key in read), len(kept)
+
+    assert frames_and_trainings() == (14, 1)
+    assert frames_and_trainings(run_id="r2", retrain=True) == (0, 2)
+    assert frames_and_trainings(run_id="r2", retrain=True) == (0, 2), "a retried pod of that run finds it"
+    assert frames_and_trainings(run_id="r3") == (0, 2), "and others find what was trained for all"
 
 
 CHILD = """

@@ -315,8 +315,8 @@ def _journey(bucket: str) -> list[tuple[str, dict[str, Any], dict[str, tuple[str
         (
             "train",
             none
-            | {"candidate": CANDIDATE, "seed": 1, "device": "auto", "run_id": "run-1"}
-            | {"gpu_type": "nvidia.com/gpu", "gpu_count": "0"},
+            | {"candidate": CANDIDATE, "seed": 1, "device": "auto", "run_id": "run-1", "retrain": False}
+            | {"train_cpu": "2", "train_memory": "4Gi", "gpu_type": "nvidia.com/gpu", "gpu_count": "0"},
             {"dataset": dataset},
         ),
         (

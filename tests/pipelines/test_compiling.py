@@ -88,14 +88,6 @@ def test_gpu_settings_can_be_given_at_submit_time(documents: list[dict[str, Any]
     assert {"mountPath": "/dev/shm", "medium": "Memory", "volumeName": "shm"} in platform["emptyDirMounts"]
 
 
-@pytest.mark.parametrize("step", ["resolve", "ingest", "label", "build", "deploy", "refuse"])
-def test_steps_with_effects_are_never_cached(documents: list[dict[str, Any]], step: str) -> None:
-    dags = [documents[0]["root"], *documents[0]["components"].values()]
-    tasks = [dag["dag"]["tasks"][step] for dag in dags if step in dag.get("dag", {}).get("tasks", {})]
-    assert tasks
-    assert all(not task.get("cachingOptions", {}).get("enableCache", False) for task in tasks)
-
-
 def test_every_pod_runs_as_a_numeric_user_and_reads_its_settings(documents: list[dict[str, Any]]) -> None:
     executors = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert set(executors) == set(documents[0]["deploymentSpec"]["executors"])

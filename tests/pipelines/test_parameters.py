@@ -12,7 +12,7 @@ from haechi.components.shared.errors import InputError
 from haechi.pipelines.parameters import PARAMETERS, load_preset, preset_names, run_parameters
 
 COMPILED = Path(__file__).resolve().parents[2] / "pipelines" / "compiled" / "training.yaml"
-KINDS = {"STRING": str, "LIST": list, "STRUCT": dict, "NUMBER_INTEGER": int, "NUMBER_DOUBLE": float}
+KINDS = {"STRING": str, "LIST": list, "STRUCT": dict, "NUMBER_INTEGER": int, "NUMBER_DOUBLE": float, "BOOLEAN": bool}
 
 
 def test_the_parameter_list_is_the_pipelines_own() -> None:
@@ -37,6 +37,9 @@ def test_every_preset_parses_and_names_its_classes(name: str) -> None:
         (["iou=1"], {"iou": 1.0}),
         (["gate.min_boxes=5"], {"gate": {"min_boxes": 5}}),
         (["gpu_count=2"], {"gpu_count": "2"}),
+        (["retrain=true"], {"retrain": True}),
+        (["train_cpu=1.5", "infer_cpu=500m"], {"train_cpu": "1.5", "infer_cpu": "500m"}),
+        (["train_memory=16Gi", "infer_memory=500M"], {"train_memory": "16Gi", "infer_memory": "500M"}),
         (["target=dir:/models"], {"target": "dir:/models"}),
         (["teacher="], {"teacher": ""}),
         (['imports=[{uri: "file:///x", covers: [fire]}]'], {"imports": [{"uri": "file:///x", "covers": ["fire"]}]}),
@@ -60,6 +63,14 @@ def test_a_dotted_word_changes_one_item_of_a_preset_and_leaves_the_rest() -> Non
         (["seed"], "key=value"),
         (["seed=x"], "not a int"),
         (["seed=true"], "not a int"),
+        (["retrain=1"], "not a bool"),
+        (["gpu_count=one"], "gpu_count is 'one'. Give a whole number"),
+        (["gpu_count=-1"], "gpu_count is '-1'"),
+        (["gpu_type=gpu"], "such as nvidia.com/gpu"),
+        (["train_cpu="], "train_cpu is ''. Give CPUs such as 2 or 500m"),
+        (["train_cpu=0"], "train_cpu is '0'"),
+        (["train_memory=4"], "memory with its unit, such as 4Gi"),
+        (["infer_memory=4GB"], "infer_memory is '4GB'"),
         (["classes=fire"], "classes"),
         (["candidates=[]"], "candidates is empty"),
         (["gate=[1"], "not YAML"),
