@@ -41,6 +41,7 @@ FILES = sorted(path for folder in ("manifests", "pipelines/compiled") for path i
 OURS = [path for path in FILES if path.is_relative_to(MANIFESTS)]
 EXAMPLES = [path for path in OURS if path.is_relative_to(MANIFESTS / "examples")]
 SPACES = {"haechi-serving", "mlflow", "haechi-review"}  # made here; the others belong to Kubeflow and KServe
+CLUSTER_WIDE = {"ClusterRole", "ClusterRoleBinding"}
 CHECKOV = ROOT / ".venv/checkov/bin/checkov"
 
 
@@ -113,6 +114,9 @@ def test_every_object_has_the_recommended_labels_and_a_namespace_that_exists(tar
                 "restricted"
             }
             assert item["metadata"]["name"] in SPACES
+        elif item["kind"] in CLUSTER_WIDE:
+            assert "namespace" not in item["metadata"]
+            assert item["metadata"]["name"].startswith("haechi-"), "what is in no namespace says whose it is"
         else:
             assert item["metadata"]["namespace"] in SPACES | {"kubeflow", "kserve"}, identity(item)
 
