@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import base64
-import http.server
-import os
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from git_servers import PASSWORD, git_over_http
 from tiny_models import tiny_model_folder
 
 from haechi.components.deploy import git_target
@@ -194,69 +192,11 @@ def test_what_cannot_be_committed_is_told(
 # --- credentials ------------------------------------------------------------------------------------------------------
 
 
-class GitServer(http.server.ThreadingHTTPServer):
-    """git's own HTTP backend behind a password."""
-
-    daemon_threads = True
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.root, self.wanted = root, "Basic " + base64.b64encode(b"bot:s3cret-pa55").decode()
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    server: GitServer
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self._answer()
-
-    def _answer(self) -> None:
-        if self.headers.get("Authorization") != self.server.wanted:
-            self.send_response(401)
-            self.send_header("WWW-Authenticate", 'Basic realm="git"')
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        path, _, query = self.path.partition("?")
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        environment = {
-            **os.environ,
-            "GIT_PROJECT_ROOT": str(self.server.root),
-            "GIT_HTTP_EXPORT_ALL": "1",
-            "PATH_INFO": path,
-            "QUERY_STRING": query,
-            "REQUEST_METHOD": self.command,
-            "REMOTE_USER": "bot",
-            "CONTENT_TYPE": self.headers.get("Content-Type", ""),
-            "CONTENT_LENGTH": str(len(body)),
-            "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", ""),
-        }
-        done = subprocess.run(["git", "http-backend"], input=body, capture_output=True, env=environment)
-        head, _, data = done.stdout.partition(b"\r\n\r\n")
-        fields = dict(line.split(": ", 1) for line in head.decode().splitlines())
-        self.send_response(int(fields.pop("Status", "200").split()[0]))
-        for name, value in fields.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Keep the tests' output clean."""
-
-
 @pytest.fixture
 def served(bare: Path) -> Iterator[str]:
     """The bare repository's URL."""
-    with GitServer(bare.parent) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/bare.git"
-        server.shutdown()
-        thread.join()
+    with git_over_http(bare.parent) as url:
+        yield f"{url}/{bare.name}"
 
 
 def test_a_password_comes_from_a_file_and_shows_nowhere(
@@ -270,7 +210,7 @@ def test_a_password_comes_from_a_file_and_shows_nowhere(
     secret = tmp_path / "secret"
     secret.mkdir()
     (secret / "username").write_text("bot\n")
-    (secret / "password").write_text("s3cret-pa55\n")
+    (secret / "password").write_text(f"{PASSWORD}\n")
     commands: list[str] = []
     run = subprocess.run
 
@@ -283,10 +223,10 @@ def test_a_password_comes_from_a_file_and_shows_nowhere(
     monkeypatch.undo()
     assert shown(bare)["spec"]["predictor"]["model"]["storageUri"] == place(model)
     ours = [command for command in commands if "http-backend" not in command]
-    encoded = base64.b64encode(b"bot:s3cret-pa55").decode()
+    encoded = base64.b64encode(f"bot:{PASSWORD}".encode()).decode()
     told = capfd.readouterr()
     for text in (*ours, told.out, told.err, *map(str, tmp_path.glob("haechi-git-*"))):
-        assert "s3cret-pa55" not in text
+        assert PASSWORD not in text
         assert encoded not in text
     (secret / "password").write_text("wrong")
     with pytest.raises(DeployError, match="git could not clone") as caught:
