@@ -20,17 +20,10 @@ from haechi.components.shared.errors import InputError
 from haechi.serving.access_log import AccessLog
 from haechi.serving.service import Call
 from tests.serving_process import Running, running, start
-from tests.tiny_models import paint, shade, tiny_model_folder
+from tests.tiny_models import paint, shade
 
 SCENE = paint({(2, 3): shade(0, 0.9), (5, 5): shade(1, 0.6)})
 PREDICT = "/v1/models/tiny:predict"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served")
-    tiny_model_folder(folder, ["person", "dog"])
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
 from haechi.components.shared.images import decode
-from tests.serving_process import Running, running
-from tests.tiny_models import cell_box, paint, shade, tiny_model_folder
+from tests.serving_process import Running
+from tests.tiny_models import cell_box, paint, shade
 
 SCENE = paint({(2, 3): shade(0, 0.9), (5, 5): shade(1, 0.6), (7, 7): shade(0, 0.3)})
 EMPTY = paint({}, width=320, height=160)
@@ -39,14 +39,6 @@ ARRAYS: dict[str, np.ndarray[Any, Any]] = {
     "UINT8": PIXELS,
     "FP32": TENSOR,
 }
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("served")
-    tiny_model_folder(folder, ["person", "dog"])
-    with running(folder, "--name", "door") as process:
-        yield process
 
 
 def same_boxes(result: Any) -> None:

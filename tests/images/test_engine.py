@@ -18,16 +18,9 @@ from haechi.serving.inference import InferenceRequest, Parameters
 from haechi.serving.pool import Pool
 from haechi.serving.service import Call, Service
 from haechi.serving.settings import ServingSettings
-from tests.tiny_models import cell_box, paint, shade, tiny_model_folder
+from tests.tiny_models import cell_box, paint, shade
 
 SCENE = paint({(2, 3): shade(0, 0.9), (5, 5): shade(1, 0.6), (7, 7): shade(0, 0.45), (8, 1): shade(1, 0.3)})
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    tiny_model_folder(path, ["person", "dog"])
-    return path
 
 
 def engine(folder: Path, **settings: object) -> Engine:

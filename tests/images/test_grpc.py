@@ -37,19 +37,6 @@ Code = grpc.StatusCode
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("served")
-    tiny_model_folder(path, ["person", "dog"])
-    return path
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Running]:
-    with running(folder, "--name", "door") as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
 def channel(server: Running) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc}") as channel:
         yield channel

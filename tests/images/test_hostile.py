@@ -19,6 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -31,7 +32,7 @@ from PIL import Image
 from tritonclient.grpc import service_pb2 as pb
 
 from tests.serving_process import Running, running
-from tests.tiny_models import paint, shade, tiny_model_folder
+from tests.tiny_models import paint, shade
 
 SCENE = paint({(2, 3): shade(0, 0.9)})
 B64 = base64.b64encode(SCENE).decode()
@@ -76,10 +77,8 @@ class Watch:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(folder: Path) -> Iterator[Running]:
     """One process for all of it; at the end it is still alive, and its log tells of no failure of ours."""
-    folder = tmp_path_factory.mktemp("served")
-    tiny_model_folder(folder, ["person", "dog"])
     told = folder.parent / "stderr"
     with (
         told.open("w") as sink,

@@ -42,7 +42,7 @@ from haechi.serving.sampling import Decision, Design
 from haechi.serving.settings import ServingSettings
 from tests.ingest_world import frames_of, jpeg
 from tests.serving_process import Running, free_port, running
-from tests.tiny_models import paint, shade, tiny_model_folder
+from tests.tiny_models import paint, shade
 
 # Seconds that the store is away under load; HAECHI_AWAY_SECONDS=60 is what a release wants.
 AWAY = float(os.environ.get("HAECHI_AWAY_SECONDS", "4"))
@@ -50,13 +50,6 @@ AWAY = float(os.environ.get("HAECHI_AWAY_SECONDS", "4"))
 SCENE = paint({(2, 3): shade(0, 0.9), (5, 5): shade(1, 0.6)})
 EMPTY = paint({})
 PATTERN = "dt={date}/{camera}/{time}-{ms}-{_}"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sampled")
-    tiny_model_folder(path, ["person", "dog"])
-    return path
 
 
 def keeping(settings: Settings, **serving: object) -> dict[str, str]:

@@ -43,9 +43,7 @@ SCENE = paint({(2, 3): shade(0, 0.9), (5, 5): shade(1, 0.6), (7, 7): shade(0, 0.
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("served")
-    tiny_model_folder(folder, ["person", "dog"])
+def server(folder: Path) -> Iterator[Running]:
     with running(folder) as process:
         yield process
 

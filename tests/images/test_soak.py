@@ -8,10 +8,9 @@ from __future__ import annotations
 import os
 import statistics
 import subprocess
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -20,8 +19,9 @@ import pytest
 import tritonclient.grpc
 
 from haechi.components.shared.images import decode, encode_jpeg
+from tests.load_threads import LoadThreads
 from tests.serving_process import Running, running
-from tests.tiny_models import paint, shade, tiny_model_folder
+from tests.tiny_models import paint, shade
 
 SECONDS = float(os.environ.get("HAECHI_SOAK_SECONDS", "40"))
 # Width, height, and how many pixels become one in the model, whose sides are 320 at most.
@@ -29,9 +29,7 @@ SIZES = ((640, 640, 2), (1280, 640, 4), (1920, 960, 6), (640, 1280, 4))
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("served")
-    tiny_model_folder(folder, ["person", "dog"])
+def server(folder: Path) -> Iterator[Running]:
     with running(folder, "--name", "door", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         yield process
 
@@ -42,38 +40,18 @@ def pictures() -> list[bytes]:
     return [encode_jpeg(decode(paint(cells, width, height, 32 * gain)), 95) for width, height, gain in SIZES]
 
 
-class Load:
+class Load(LoadThreads):
     """Threads that ask without a pause until the end, each in its own way."""
 
     def __init__(self, server: Running) -> None:
-        self.answers: Counter[str] = Counter()
-        self.wrong: list[str] = []
         self._server = server
         self._images = pictures()
-        self._end = threading.Event()
-        works = (self._v1, self._v2, self._grpc, self._refused)
-        self._threads = [threading.Thread(target=self._work, args=[work]) for work in works]
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._end.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _work(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:
-            self.wrong.append(repr(error))
+        super().__init__(self._v1, self._v2, self._grpc, self._refused)
 
     def _turns(self, kind: str) -> Iterator[bytes]:
-        while not self._end.is_set():
-            yield self._images[self.answers[kind] % len(self._images)]
-            self.answers[kind] += 1
+        while not self.ended:
+            yield self._images[self.seen[kind] % len(self._images)]
+            self.seen[kind] += 1
 
     def _v1(self) -> None:
         with httpx.Client(base_url=self._server.url, timeout=60) as client:
@@ -116,11 +94,11 @@ def test_under_load_memory_is_flat_after_the_warm_up(server: Running) -> None:
     with Load(server) as load:
         soak(process, min(60.0, SECONDS / 4))  # arenas of the allocator fill for the first thousands of requests
         seen = soak(process, SECONDS)
-    assert load.wrong == [] and all(load.answers[kind] > SECONDS for kind in ("v1", "v2", "grpc")), load.answers
+    assert load.wrong == [] and all(load.seen[kind] > SECONDS for kind in ("v1", "v2", "grpc")), load.seen
     half = len(seen) // 2
     first, second = seen[:half], seen[half:]
     memory = [statistics.median(row[0] for row in rows) for rows in (first, second)]
-    print(f"\n{dict(load.answers)} MiB {memory[0]:.0f} -> {memory[1]:.0f}, peak {max(row[0] for row in seen):.0f}")
+    print(f"\n{dict(load.seen)} MiB {memory[0]:.0f} -> {memory[1]:.0f}, peak {max(row[0] for row in seen):.0f}")
     # The median hardly moves: 10 kB left behind by each request would be 10 MiB within the shortest run.
     assert memory[1] < memory[0] + 3, memory
     assert max(row[1] for row in second) <= max(row[1] for row in first) + 5

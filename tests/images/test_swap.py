@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from haechi.serving.engine import Engine, Models
 from haechi.serving.service import Role
 from haechi.serving.settings import ServingSettings
 from haechi.serving.swap import Swapper
+from tests.load_threads import LoadThreads
 from tests.serving_process import Running, running
 from tests.tiny_models import cell_box, paint, shade, tiny_model_folder
 
@@ -401,32 +401,12 @@ def test_nobody_administers_where_no_one_is_known(root: Path) -> None:
             assert told.status_code == 403 and "HAECHI_SERVING_API_KEYS" in told.json()["error"]
 
 
-class Askers:
+class Askers(LoadThreads):
     """Threads that ask without a pause, over HTTP and gRPC, and compare each answer with the version that it names."""
 
     def __init__(self, server: Running, headers: dict[str, str], boxes: dict[str, list[float]]) -> None:
         self._server, self._headers, self._boxes = server, headers, boxes
-        self._end = threading.Event()
-        self.seen: Counter[str] = Counter()
-        self.wrong: list[str] = []
-        works = (self._http, self._http, self._grpc)
-        self._threads = [threading.Thread(target=self._work, args=[work]) for work in works]
-
-    def __enter__(self) -> Askers:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._end.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _work(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:
-            self.wrong.append(repr(error))
+        super().__init__(self._http, self._http, self._grpc)
 
     def _compare(self, protocol: str, named: str, box: list[float]) -> None:
         time.sleep(0.01)  # most of both cores is for the swaps
@@ -437,7 +417,7 @@ class Askers:
 
     def _http(self) -> None:
         with httpx.Client(headers=self._headers, timeout=30) as client:
-            while not self._end.is_set():
+            while not self.ended:
                 told = client.post(f"{self._server.url}/v1/models/tiny:predict", content=SCENE)
                 if told.status_code != 200:
                     self.wrong.append(told.text)
@@ -450,7 +430,7 @@ class Askers:
         data = np.array([SCENE], dtype=np.object_)
         tensor = tritonclient.grpc.InferInput("images", [1], np_to_triton_dtype(data.dtype))
         tensor.set_data_from_numpy(data)
-        while not self._end.is_set():
+        while not self.ended:
             told = client.infer("tiny", [tensor], headers=self._headers)
             self._compare("grpc", told.get_response().model_version, told.as_numpy("boxes").reshape(-1, 4)[0].tolist())
         client.close()

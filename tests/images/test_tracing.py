@@ -26,7 +26,7 @@ from haechi.serving.service import Call
 from haechi.serving.settings import ServingSettings
 from haechi.serving.tracing import Tracing
 from tests.serving_process import free_port, running, start
-from tests.tiny_models import paint, shade, tiny_model_folder
+from tests.tiny_models import paint, shade
 
 SCENE = paint({(2, 3): shade(0, 0.9), (5, 5): shade(1, 0.6)})
 PREDICT = "/v1/models/tiny:predict"
@@ -85,13 +85,6 @@ def collector() -> Iterator[Collector]:
     receiver.server.shutdown()
     thread.join()
     receiver.server.server_close()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served")
-    tiny_model_folder(folder, ["person", "dog"])
-    return folder
 
 
 def env(url: str, **more: str) -> dict[str, str]:

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -21,22 +20,14 @@ from haechi.serving.pool import Pool
 from haechi.serving.service import Service
 from haechi.serving.v2 import V2Exchange
 from haechi.serving.v2_routes import v2_routes
-from tests.serving_process import Running, running
-from tests.tiny_models import cell_box, paint, shade, tiny_model_folder
+from tests.serving_process import Running
+from tests.tiny_models import cell_box, paint, shade
 
 SCENE = paint({(2, 3): shade(0, 0.9), (5, 5): shade(1, 0.6), (7, 7): shade(0, 0.3)})
 EMPTY = paint({}, width=320, height=160)
 PIXELS = decode(SCENE)
 TENSOR = np.ascontiguousarray(PIXELS.transpose(2, 0, 1).astype(np.float32) / 255)
 BOXES = [[*cell_box(2, 3)], [*cell_box(5, 5)]]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("served")
-    tiny_model_folder(folder, ["person", "dog"])
-    with running(folder, "--name", "door") as process:
-        yield process
 
 
 def b64(data: bytes) -> str:
