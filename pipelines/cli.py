@@ -163,6 +163,13 @@ def _run(arguments: Arguments) -> int:
 def _compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder to write to (default: pipelines/compiled)")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the committed files differ")
+    _claim_argument(parser)
+
+
+def _claim_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache-claim", default="", metavar="NAME", help="PersistentVolumeClaim that trainings keep frames in"
+    )
 
 
 def _compile(arguments: Arguments) -> int:
@@ -170,11 +177,11 @@ def _compile(arguments: Arguments) -> int:
 
     out = arguments.out or COMPILED
     if not arguments.check:
-        for path in compile_all(out):
+        for path in compile_all(out, arguments.cache_claim):
             sys.stdout.write(f"{path}\n")
         return 0
     with tempfile.TemporaryDirectory() as fresh:
-        compile_all(Path(fresh))
+        compile_all(Path(fresh), arguments.cache_claim)
         stale = differences(out, Path(fresh))
     for name in stale:
         sys.stderr.write(f"{out / name} is not what pipelines/training.py compiles to; run `haechi compile`\n")
@@ -194,6 +201,8 @@ def _submit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiment", default="", help="KFP experiment (default: the pipeline's name)")
     parser.add_argument("--run-name", default="", help="name shown in the dashboard; of a schedule, what makes it one")
     parser.add_argument("--service-account", default="", help="service account of the pods (default: the server's)")
+    parser.add_argument("--no-cache", action="store_true", help="train anew what is trained already (retrain=true)")
+    _claim_argument(parser)
     when = parser.add_argument_group("again and again, instead of once")
     when.add_argument("--cron", default="", help="six fields, seconds first, such as '0 0 3 * * *'")
     when.add_argument("--every", default="", help="an interval, such as 6h")
@@ -208,7 +217,7 @@ def _submit(arguments: Arguments) -> int:
     from .kubeflow_settings import KubeflowSettings
     from .parameters import run_parameters
     from .scheduling import Schedule
-    from .submitting import Package, schedule_training, submit_training
+    from .submitting import shipped_package
     from .watching import watch
 
     recurring = bool(arguments.cron or arguments.every)
@@ -216,15 +225,12 @@ def _submit(arguments: Arguments) -> int:
         raise InputError("--wait does not go with --cron or --every", "Leave it out: a schedule has no end.")
     if arguments.pin and not recurring:
         raise InputError("--pin is for --cron and --every", "Leave it out: a run keeps its version anyway.")
-    parameters = run_parameters(arguments.preset, arguments.set)
+    parameters = run_parameters(arguments.preset, [*arguments.set, *(["retrain=true"] if arguments.no_cache else [])])
     schedule = Schedule.parse(arguments.cron, arguments.every) if recurring else None
     given = {name: getattr(arguments, name) for name in ("host", "namespace", "ui", "token_file", "ca_file")}
-    api, package = Kubeflow(KubeflowSettings.from_env(**given)), Package.read()
-    common = {"experiment": arguments.experiment, "service_account": arguments.service_account, "package": package}
-    if schedule:
-        done = schedule_training(api, parameters, schedule, name=arguments.run_name, pin=arguments.pin, **common)
-    else:
-        done = submit_training(api, parameters, run_name=arguments.run_name, **common)
+    with shipped_package(arguments.cache_claim) as package:
+        api = Kubeflow(KubeflowSettings.from_env(**given))
+        done = _hand_over(arguments, api, package, parameters, schedule)
     value = asdict(done)
     lines = [
         f"version   {done.version}{' (new)' if done.uploaded else ''}",
@@ -238,6 +244,15 @@ def _submit(arguments: Arguments) -> int:
     ended = watch(api, done.id, package.steps, timeout=arguments.timeout)
     _report(arguments, value | asdict(ended), [f"decision  {ended.decision}", lines[-1]])
     return ended.exit_code
+
+
+def _hand_over(arguments: Arguments, api: Any, package: Any, parameters: dict[str, Any], schedule: Any) -> Any:
+    from .submitting import schedule_training, submit_training
+
+    common = {"experiment": arguments.experiment, "service_account": arguments.service_account, "package": package}
+    if schedule:
+        return schedule_training(api, parameters, schedule, name=arguments.run_name, pin=arguments.pin, **common)
+    return submit_training(api, parameters, run_name=arguments.run_name, **common)
 
 
 # export, evaluate, serve, predict ---------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ import yaml
 from haechi.components.shared.errors import IntegrityError
 from haechi.components.shared.files import write_bytes
 
+from .cache_claim import check_claim, write_with_claim
+
 __all__ = ["COMPILED", "compile_all", "dangling_references", "differences", "normalised"]
 
 COMPILED = Path(__file__).parent / "compiled"
@@ -20,20 +22,29 @@ _VERSION = metadata.version("haechi")
 _PLACEHOLDER = re.compile(r"""inputs\.(parameters|artifacts)\[['"]([^'"]+)['"]\]""")
 
 
-def compile_all(out: Path) -> list[Path]:
+def compile_all(out: Path, cache_claim: str = "") -> list[Path]:
     """Write `training.yaml` (IR), `pipeline.yaml` and `pipelineversion.yaml` (custom resources) into `out`.
 
+    Args:
+        out: folder, made where it is missing.
+        cache_claim: PersistentVolumeClaim that trainings and evaluations keep frames in; empty for none.
+
     Raises:
+        InputError: the claim's name cannot be; nothing is written then.
         IntegrityError: the IR refers to an input that does not exist; nothing is written then.
     """
     from kfp import compiler
 
     from .training import training
 
+    if cache_claim:
+        check_claim(cache_claim)
     out.mkdir(parents=True, exist_ok=True)
     draft = out / ".training.draft.yaml"
     try:
         compiler.Compiler().compile(training, str(draft))
+        if cache_claim:
+            write_with_claim(draft, cache_claim, draft)
         text = draft.read_text(encoding="utf-8")
     finally:
         draft.unlink(missing_ok=True)
@@ -43,14 +54,17 @@ def compile_all(out: Path) -> list[Path]:
         raise IntegrityError(
             f"the compiled pipeline has dangling references: {'; '.join(problems)}", "Pass them as inputs."
         )
-    written = {"training.yaml": text, **_custom_resources(documents)}
+    written = {"training.yaml": text, **_custom_resources(documents, cache_claim)}
     for name, content in written.items():
         write_bytes(out / name, content.encode())
     return [out / name for name in written]
 
 
-def _custom_resources(documents: list[dict[str, Any]]) -> dict[str, str]:
-    """Pipeline and PipelineVersion, for clusters whose API server stores pipelines in Kubernetes."""
+def _custom_resources(documents: list[dict[str, Any]], suffix: str) -> dict[str, str]:
+    """Pipeline and PipelineVersion, for clusters whose API server stores pipelines in Kubernetes.
+
+    A version's spec cannot be changed, so one that differs has another name.
+    """
     name = documents[0]["pipelineInfo"]["name"]
     labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/part-of": "haechi"}
     pipeline = {
@@ -60,13 +74,14 @@ def _custom_resources(documents: list[dict[str, Any]]) -> dict[str, str]:
         "metadata": {"name": name, "labels": labels, "annotations": {"argocd.argoproj.io/sync-wave": "-1"}},
         "spec": {"displayName": name, "description": documents[0]["pipelineInfo"]["description"]},
     }
-    spec = {"pipelineName": name, "displayName": f"{name} {_VERSION}", "pipelineSpec": documents[0]}
+    shown = " ".join(filter(None, (name, _VERSION, suffix)))
+    spec = {"pipelineName": name, "displayName": shown, "pipelineSpec": documents[0]}
     if len(documents) > 1:
         spec["platformSpec"] = documents[1]
     version = {
         "apiVersion": "pipelines.kubeflow.org/v2beta1",
         "kind": "PipelineVersion",
-        "metadata": {"name": f"{name}-{_VERSION.replace('.', '-')}", "labels": labels},
+        "metadata": {"name": re.sub(r"[. ]", "-", shown), "labels": labels},
         "spec": spec,
     }
     head = "# Written by `haechi compile` from pipelines/training.py; change that, not this.\n"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,12 +17,13 @@ import kfp_server_api
 
 from haechi.components.shared.errors import InputError
 
+from .cache_claim import write_with_claim
 from .compiling import COMPILED, normalised
 from .kubeflow import Kubeflow, Version
 from .kubeflow_errors import SubmitError
 from .scheduling import Schedule, recur
 
-__all__ = ["Package", "Submitted", "schedule_training", "submit_training"]
+__all__ = ["Package", "Submitted", "schedule_training", "shipped_package", "submit_training"]
 
 _DIGEST = 12  # hex digits in a version's name
 _LOOKS, _PAUSE = 10, 0.5  # seconds between looks for a version that somebody else uploads
@@ -62,6 +65,21 @@ class Package:
             parameters={name: entry.get("defaultValue", "") for name, entry in inputs.items()},
             steps=[name.removeprefix("exec-") for name in executors],
         )
+
+
+@contextmanager
+def shipped_package(cache_claim: str = "") -> Iterator[Package]:
+    """The compiled pipeline that ships, with a claim mounted for frames where one is named.
+
+    Raises:
+        InputError: the claim's name cannot be.
+    """
+    if not cache_claim:
+        yield Package.read()
+        return
+    with tempfile.TemporaryDirectory(prefix="haechi-submit-") as folder:
+        path = Path(folder) / "training.yaml"
+        yield Package.read(write_with_claim(COMPILED / "training.yaml", cache_claim, path))
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,8 @@ class KfpStandIn:
         for name, value in wanted.get("runtime_config", {}).get("parameters", {}).items():
             if name not in known:
                 raise Refused(400, f"parameter(s) provided are not required by pipeline: {name}")
-            kinds = {"STRING": str, "LIST": list, "STRUCT": dict, "NUMBER_INTEGER": int, "NUMBER_DOUBLE": (int, float)}
+            kinds: dict[str, Any] = {"STRING": str, "LIST": list, "STRUCT": dict, "BOOLEAN": bool}
+            kinds |= {"NUMBER_INTEGER": int, "NUMBER_DOUBLE": (int, float)}
             if not isinstance(value, kinds[known[name]["parameterType"]]):
                 raise Refused(400, f"input parameter {name} requires type {known[name]['parameterType']}")
         return wanted | {"namespace": experiment["namespace"]}
@@ -241,6 +242,10 @@ class KfpStandIn:
         made = self._checked(call, "V2beta1Run") | {"run_id": self._id("r"), "state": "PENDING"}
         self.runs.append(made)
         return made
+
+    def list_runs(self, call: _Call) -> Json:
+        namespace = self._namespace(call, call.query.get("namespace"))
+        return self._page(call, "runs", [run for run in self.runs[::-1] if run["namespace"] == namespace])
 
     def get_run(self, call: _Call) -> Json:
         [run] = [row for row in self.runs if row["run_id"] == call.ids[0]]
@@ -366,7 +371,7 @@ ROUTES: dict[str, dict[str, Callable[[KfpStandIn, _Call], Json]]] = {
     "pipelines": {"POST": KfpStandIn.create_pipeline},
     "pipelines/upload_version": {"POST": KfpStandIn.upload_version},
     "pipelines/([^/]+)/versions": {"GET": KfpStandIn.list_versions},
-    "runs": {"POST": KfpStandIn.create_run},
+    "runs": {"GET": KfpStandIn.list_runs, "POST": KfpStandIn.create_run},
     "runs/([^/:]+)": {"GET": KfpStandIn.get_run},
     "recurringruns": {"GET": KfpStandIn.list_recurring, "POST": KfpStandIn.create_recurring},
     "recurringruns/([^/:]+):(enable|disable)": {"POST": KfpStandIn.switch_recurring},
