@@ -31,6 +31,7 @@ from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
 from haechi.pipelines.demo.world import CLASSES, RAW_PATTERN, draw_labelled, draw_raw
 from haechi.pipelines.placement import _USER
+from tests.git_servers import PASSWORD, git_over_http, git_over_ssh
 from tests.tiny_models import cell_box, paint, shade, tiny_model_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,8 +40,10 @@ TAG = "under-test"
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 # What images/README.md states, in MB (10^6 bytes) without the base: an image that grows beyond it is found here.
 MAX_MB = {"steps": 850, "train": 6000, "serving": 500}
-# As a pod under Pod Security "restricted" gets it. podman's own tmpfs mounts would hide a write outside of /tmp.
+# As a pod under Pod Security "restricted" gets it. podman's own tmpfs mounts would hide a write outside of /tmp, and its own
+# line in /etc/passwd that containerd writes none.
 RESTRICTED = ["--read-only", "--read-only-tmpfs=false", "--cap-drop=all", "--security-opt=no-new-privileges"]
+RESTRICTED += ["--passwd=false"]
 LIMITS = ["--ulimit=nofile=1024:1024", "--ulimit=nproc=1000:1000", "--network=host"]
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2400)]
 
@@ -58,29 +61,31 @@ def call(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
-def base() -> str:
-    """The name of a base image that runs here, or a skip with the reason."""
+def bases() -> dict[str, str]:
+    """Image → the name of its base, which runs here, or a skip with the reason. Only the steps want git and ssh."""
     for program in ("podman", "mmdebstrap"):
         if not shutil.which(program):
             pytest.skip(f"images are built only where {program} is installed (see .ci/apt.txt)")
     if os.geteuid() != 0:
         pytest.skip("images are built as root only: mmdebstrap and podman need it here")
-    made = call([".ci/base-image"])
-    if made.returncode != 0:
-        pytest.skip(f"no base image could be made: {made.stderr.strip()[-300:]}")
-    name = made.stdout.strip()
-    ran = call([*podman(), "run", "--rm", *LIMITS, *RESTRICTED, name, "true"])
+    lean, with_git = (call([".ci/base-image", *more]) for more in ((), ("git", "openssh-client")))
+    for made in (lean, with_git):
+        if made.returncode != 0:
+            pytest.skip(f"no base image could be made: {made.stderr.strip()[-300:]}")
+    ran = call([*podman(), "run", "--rm", *LIMITS, *RESTRICTED, lean.stdout.strip(), "true"])
     if ran.returncode != 0:
         pytest.skip(f"containers cannot run here: {ran.stderr.strip()[-300:]}")
-    return name
+    return {image: (with_git if image == "steps" else lean).stdout.strip() for image in IMAGES}
 
 
 @pytest.fixture(scope="module")
-def images(base: str) -> dict[str, str]:
+def images(bases: dict[str, str]) -> dict[str, str]:
     """Image → its name, all three built by `make images` from this checkout; train as for CPUs."""
-    given = {"BASE": base, "TAG": TAG, "ENGINE": "podman", "EXCLUDES": "--no-emit-package triton"}
-    built = call(["make", "images"], env={**os.environ, **given})
-    assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-3000:]
+    given = {"TAG": TAG, "ENGINE": "podman", "EXCLUDES": "--no-emit-package triton"}
+    for names in (("steps",), ("train", "serving")):
+        which = {"IMAGES": " ".join(names), "BASE": bases[names[0]]}
+        built = call(["make", "images"], env={**os.environ, **given, **which})
+        assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-3000:]
     return {image: f"localhost/haechi/{image}:{TAG}" for image in IMAGES}
 
 
@@ -105,8 +110,35 @@ def test_dockerfiles_are_clean() -> None:
     assert (found.returncode, found.stdout) == (0, "")
 
 
+def test_stages_of_one_name_are_the_same_text_so_that_an_engine_builds_them_once() -> None:
+    files = [(ROOT / f"images/{image}/Dockerfile").read_text() for image in IMAGES]
+    for begin, end in (("ARG BASE=", "# The packages with"), ("# What changes with", "FROM ${BASE}\n")):
+        assert len({text[text.index(begin) : text.index(end, text.index(begin))] for text in files}) == 1, begin
+
+
+def test_the_build_sees_no_secret_that_lies_in_the_checkout(bases: dict[str, str], tmp_path: Path) -> None:
+    kept = ["pyproject.toml", "components/deploy/step.py", "pipelines/presets/safety.yaml", "images/serving/app.py"]
+    planted = [".env", ".git/config", ".haechi/demo/key", ".venv/pip.conf", "kubeconfig", "tests/a.py", "images/a.txt"]
+    planted += ["components/.env", "components/deploy/.netrc", "pipelines/tls.key", "images/serving/.ssh/id_ed25519"]
+    for name in (*kept, *planted, ".dockerignore", "Dockerfile"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / ".dockerignore", tmp_path)
+    (tmp_path / "Dockerfile").write_text(f"FROM {bases['serving']}\nCOPY . /context/\n")
+    name = f"localhost/haechi/context:{TAG}"
+    built = call([*podman(), "build", "--quiet", f"--tag={name}", f"--file={tmp_path}/Dockerfile", str(tmp_path)])
+    try:
+        assert built.returncode == 0, built.stderr
+        seen = run_in(name, "find", "/context", "-type", "f", "-printf", "%P\n")
+    finally:
+        call([*podman(), "image", "rm", "--force", name])
+    assert sorted(seen.stdout.split()) == sorted(kept)
+
+
 @pytest.mark.parametrize("image", IMAGES)
-def test_an_image_says_what_it_is_and_runs_as_a_numeric_user(image: str, images: dict[str, str]) -> None:
+def test_an_image_says_what_it_is_and_runs_as_a_numeric_user(
+    image: str, images: dict[str, str], bases: dict[str, str]
+) -> None:
     config = inspect(images[image])["Config"]
     labels = {key.removeprefix("org.opencontainers.image."): value for key, value in config["Labels"].items()}
     revision = labels["revision"].removesuffix("-dirty")
@@ -114,45 +146,62 @@ def test_an_image_says_what_it_is_and_runs_as_a_numeric_user(image: str, images:
     assert (labels["title"], labels["version"]) == (f"haechi/{image}", VERSION)
     assert call(["git", "merge-base", "--is-ancestor", revision, "HEAD"]).returncode == 0
     assert labels["licenses"] == ("MIT AND AGPL-3.0-only" if image == "train" else "MIT")
+    assert labels["base.name"] == bases[image]
     assert labels["description"]
 
 
 _LOOK = """
-import importlib.metadata as metadata, json, pathlib, shutil
-places = ("/opt", "/src", "/out", "/tmp", "/root/.cache", "/root/.local", "/root/.config", "/run/secrets")
+import importlib.metadata as metadata, json, os, pathlib, shutil, stat
+places = ["/opt", "/src", "/out", "/tmp", "/root/.cache", "/root/.local", "/root/.config", "/run/secrets"]
+places += ["/var/lib/apt/lists", "/var/cache/apt"]
 files = [str(path) for place in places for path in pathlib.Path(place).rglob("*") if path.is_file()]
+root, modes = os.stat("/").st_dev, {}
+for folder, folders, names in os.walk("/"):
+    folders[:] = [name for name in folders if os.lstat(os.path.join(folder, name)).st_dev == root]
+    modes |= {path: os.lstat(path).st_mode for path in (os.path.join(folder, name) for name in (*folders, *names))}
+modes = {path: mode for path, mode in modes.items() if stat.S_ISREG(mode) or stat.S_ISDIR(mode)}
 print(json.dumps({
-    "names": [item.metadata["Name"].lower().replace("_", "-") for item in metadata.distributions()],
-    "left": [path for path in files if not path.startswith("/opt/haechi/")],
-    "tools": [tool for tool in ("gcc", "cc", "c++", "make", "uv", "git") if shutil.which(tool)],
+    "names": {item.metadata["Name"].lower().replace("_", "-"): item.version for item in metadata.distributions()},
+    "left": [path for path in files if not path.startswith("/opt/haechi/") and not path.endswith("/lock")],
+    "tools": [tool for tool in ("gcc", "cc", "c++", "make", "uv", "apt-get", "git", "ssh") if shutil.which(tool)],
+    "becomes": [path for path, mode in modes.items() if stat.S_ISREG(mode) and mode & 0o6000],
+    "anybody": [path for path, mode in modes.items() if mode & 0o002 and not mode & stat.S_ISVTX],
 }))
 """
 
 
 @pytest.mark.parametrize(
-    ("image", "without", "holds"),
+    ("image", "tools", "without", "holds"),
     [
-        ("steps", {"torch", "ultralytics-opencv-headless", "triton"}, {"kfp", "minio", "onnxruntime"}),
-        ("train", {"triton"}, {"kfp", "torch", "ultralytics-opencv-headless"}),
-        ("serving", {"torch", "ultralytics-opencv-headless", "kfp", "kubernetes", "mlflow-skinny"}, {"onnxruntime"}),
+        ("steps", ["git", "ssh"], {"torch", "ultralytics-opencv-headless", "triton"}, {"kfp", "minio", "onnxruntime"}),
+        ("train", [], {"triton"}, {"kfp", "torch", "ultralytics-opencv-headless"}),
+        (
+            "serving",
+            [],
+            {"torch", "ultralytics-opencv-headless", "kfp", "kubernetes", "mlflow-skinny"},
+            {"onnxruntime"},
+        ),
     ],
 )
 def test_an_image_holds_what_it_needs_and_nothing_of_its_making(
-    image: str, without: set[str], holds: set[str], images: dict[str, str]
+    image: str, tools: list[str], without: set[str], holds: set[str], images: dict[str, str]
 ) -> None:
     looked = run_in(images[image], "-c", _LOOK, options=("--entrypoint=python3", "--user=0", "--cap-add=dac_override"))
     found = json.loads(looked.stdout)
     names = set(found["names"])
     assert not names & {*without, "pip", "uv", "pytest"}
     assert names >= {*holds, "haechi"}
-    assert (found["left"], found["tools"]) == ([], [])
+    assert (found["left"], found["tools"]) == ([], tools)
+    assert (found["becomes"], found["anybody"]) == ([], [])
+    told = run_in(images[image], "/opt/haechi/requirements.txt", options=("--entrypoint=cat",)).stdout
+    assert {f"{name}=={found['names'][name]}" for name in names - {"haechi"}} == set(told.split())
     story = json.dumps(inspect(images[image])["History"]) + json.dumps(inspect(images[image])["Config"])
     for name in ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL"):
         assert not (value := os.environ.get(name)) or value not in story
 
 
-def test_sizes_are_as_stated(images: dict[str, str], base: str) -> None:
-    share = inspect(base)["Size"]
+def test_sizes_are_as_stated(images: dict[str, str], bases: dict[str, str]) -> None:
+    share = inspect(bases["serving"])["Size"]
     sizes = {image: (inspect(name)["Size"] - share) / 1e6 for image, name in images.items()}
     print(f"base {share / 1e6:.0f} MB; without it {', '.join(f'{name} {size:.0f} MB' for name, size in sizes.items())}")
     assert {name: size for name, size in sizes.items() if not 0.5 * MAX_MB[name] < size <= MAX_MB[name]} == {}
@@ -402,6 +451,73 @@ def test_any_numeric_user_will_do(image: str, images: dict[str, str]) -> None:
     code = "import getpass, pathlib, cv2, kfp, mlflow; print(getpass.getuser(), pathlib.Path.home())"
     ran = run_in(images[image], "python3", "-c", code, options=("--user=1000730000:0",))
     assert ran.stdout == "haechi /tmp\n", ran.stderr[-2000:]
+
+
+# ---- deploy's target git:
+
+_COMMIT = """
+import pathlib, sys
+from haechi.components.deploy.git_target import commit
+from haechi.components.shared.model_folder import ModelFolder
+model = ModelFolder.load(pathlib.Path("/models"))
+secret = pathlib.Path("/etc/haechi/git")
+print(commit(sys.argv[1], "main", "safety.yaml", model, "s3://haechi/models/tiny", {"Verdict": "promote"}, secret))
+"""
+
+
+@contextlib.contextmanager
+def _over_http(bare: Path, secret: Path) -> Iterator[str]:
+    (secret / "username").write_text("bot")
+    (secret / "password").write_text(PASSWORD)
+    with git_over_http(bare.parent) as url:
+        yield f"{url}/{bare.name}"
+
+
+@contextlib.contextmanager
+def _over_ssh(bare: Path, secret: Path) -> Iterator[str]:
+    with git_over_ssh(secret) as url:
+        yield f"{url}{bare}"
+
+
+def _git(*arguments: str) -> str:
+    done = call(["git", "-c", "user.name=a", "-c", "user.email=a@localhost", *arguments])
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A bare repository with one commit on `main`."""
+    repository = tmp_path / "bare.git"
+    _git("init", "--quiet", "--bare", "--initial-branch=main", str(repository))
+    inside = functools.partial(_git, "-C", str(repository))
+    empty = inside("hash-object", "-t", "tree", "-w", "/dev/null")
+    inside("update-ref", "refs/heads/main", inside("commit-tree", empty, "-mfirst"))
+    return repository
+
+
+@pytest.mark.parametrize("way", [_over_http, _over_ssh])
+def test_the_steps_image_pushes_a_commit_with_the_credentials_that_a_pod_has(
+    way: Callable[[Path, Path], contextlib.AbstractContextManager[str]],
+    images: dict[str, str],
+    bare: Path,
+    tmp_path: Path,
+) -> None:
+    model, secret = tmp_path / "model", tmp_path / "secret"
+    version = tiny_model_folder(model, ["person"], name="safety").version
+    secret.mkdir()
+    with way(bare, secret) as url:
+        volumes = (f"--volume={model}:/models:ro", f"--volume={secret}:/etc/haechi/git:ro")
+        done = run_in(images["steps"], "python3", "-c", _COMMIT, url, options=volumes)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.strip() == _git("-C", str(bare), "rev-parse", "main")
+        assert _git("-C", str(bare), "log", "-1", "--format=%s", "main") == f"Serve safety {version}"
+        # Nor does a host that nobody vouched for get anything.
+        for name in ("password", "known_hosts"):
+            (secret / name).unlink(missing_ok=True)
+        refused = run_in(images["steps"], "python3", "-c", _COMMIT, url, options=volumes)
+    assert refused.returncode != 0
+    assert "DeployError: git could not clone" in refused.stderr
 
 
 # ---- the runtime
