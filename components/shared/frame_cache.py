@@ -14,11 +14,14 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .dataset import Frame
 from .errors import StorageError
 from .files import sha256_bytes, sha256_file, write_bytes
 from .progress import say
+
+if TYPE_CHECKING:  # the serving image comes by here for models, and has no pyarrow
+    from .dataset import Frame
 
 __all__ = ["FrameCache", "usable_folder"]
 
