@@ -7,6 +7,8 @@ cleaned up by the next one. Whatever fails, traffic is with the former model whe
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -14,7 +16,7 @@ from haechi.components.shared.errors import DeployError
 from haechi.components.shared.model_folder import read_golden
 from haechi.components.shared.progress import say
 
-from .endpoint import Unanswered, check_golden_at, disagreement
+from .endpoint import Unanswered, disagreement
 from .inference_service import TakenOver, wait
 from .job import Job
 from .lease import LeaseLost
@@ -22,7 +24,7 @@ from .readiness import Look
 from .rollout_state import RolloutState, now
 from .traffic import Pods, Prometheus, Source, judge
 
-__all__ = ["Way", "walk"]
+__all__ = ["Way", "finish", "walk"]
 
 _MOST_IMAGES = 8
 
@@ -44,6 +46,9 @@ class Way(Protocol):
 
     def at(self, traffic: int) -> dict[str, Any]:
         """The service with the canary at a share of traffic."""
+
+    def stands(self, found: dict[str, Any]) -> bool:
+        """Whether the spec has the canary at the very share that the state tells."""
 
     def look(self, found: dict[str, Any]) -> Look | None:
         """Whether the canary is ready; None where it is no longer there."""
@@ -73,16 +78,39 @@ def walk(job: Job, way: Way, state: RolloutState) -> None:
         LeaseLost, TakenOver: somebody else is at it now; the service is theirs.
         DeployError: why not; the former model has all traffic again.
     """
-    try:
+    with _withdrawn_if_worse(job, way, state):
         _prove(job, way, state)
-        for traffic in way.steps:
-            if traffic >= state.traffic:
-                _give(job, way, state, traffic)
+        # Where a killed step had come further than these steps go, its share was not watched to the end.
+        for traffic in [step for step in way.steps if step >= state.traffic] or [state.traffic][: len(way.steps)]:
+            _give(job, way, state, traffic)
         _promote(job, way, state)
+
+
+def finish(job: Job, way: Way, state: RolloutState) -> None:
+    """Go on with a promotion that was killed.
+
+    Args:
+        job, way: as in `walk`.
+        state: of phase `promoting`.
+
+    Raises:
+        LeaseLost, TakenOver, DeployError: as `walk`.
+    """
+    with _withdrawn_if_worse(job, way, state):
+        _promote(job, way, state, asked=True)
+
+
+@contextmanager
+def _withdrawn_if_worse(job: Job, way: Way, state: RolloutState) -> Iterator[None]:
+    try:
+        yield
     except (LeaseLost, TakenOver):
         raise
     except DeployError as error:
         raise DeployError(f"{error.problem}. {_back(job, way, state, error.problem)}", error.remedy) from error
+    except KeyboardInterrupt:  # nobody would watch it any more
+        say(_back(job, way, state, "it was interrupted by a person"))
+        raise
 
 
 def _prove(job: Job, way: Way, state: RolloutState) -> None:
@@ -93,7 +121,7 @@ def _prove(job: Job, way: Way, state: RolloutState) -> None:
         f"{job.api.namespace}/{job.api.name}: canary {job.model.version} is applied, with {state.traffic} % of the traffic"
     )
     wait(job.api, job.patience, way.look, f"canary {job.model.version}", job.lease.renew)
-    found = check_golden_at(job.endpoint(way.services[0]), job.folder, job.model.version)
+    found = job.ask(way.services[0])
     say(f"the canary gives the golden boxes: {found.boxes} on {found.images} images")
 
 
@@ -143,14 +171,18 @@ def _bake(job: Job, way: Way) -> str:
 
 
 def _still_there(job: Job, way: Way) -> Look:
-    found = job.persist(job.api.get)
-    look = way.look(found) if found else None
-    if look is None:
+    seen = job.persist(lambda: _look(job, way))
+    if seen is None:
         raise TakenOver(
             f"the canary of {job.api.namespace}/{job.api.name} was changed or removed by somebody else",
             "Look at the service with `haechi status`, then run deploy again.",
         )
-    return look
+    return seen
+
+
+def _look(job: Job, way: Way) -> Look | None:
+    found = job.api.get()
+    return way.look(found) if found else None
 
 
 def _source(job: Job, pods: str, service: str, begun: float) -> Source:
@@ -160,10 +192,12 @@ def _source(job: Job, pods: str, service: str, begun: float) -> Source:
     return Pods(job.endpoint(service).metrics)
 
 
-def _promote(job: Job, way: Way, state: RolloutState) -> None:
+def _promote(job: Job, way: Way, state: RolloutState, asked: bool = False) -> None:
     job.apply(way.promoted(), replace(state, phase="promoting", traffic=100, since=now()))
     say(f"{job.model.version} is promoted; waiting until it alone serves")
     wait(job.api, job.patience, way.serves, f"model {job.model.version}", job.lease.renew)
+    if asked:
+        job.ask(way.services[0])
     job.apply(way.promoted(), replace(state, phase="done", traffic=100, since=now()))
 
 
@@ -172,7 +206,7 @@ def _back(job: Job, way: Way, state: RolloutState, reason: str) -> str:
     try:
         way.withdraw(replace(state, phase="failed", traffic=0, since=now(), reason=reason))
     except (LeaseLost, TakenOver) as error:
-        return f"It was not withdrawn: {error.problem}"
+        return f"Not all is as it was: {error.problem}"
     except DeployError as error:
         return f"Withdrawing it failed too: {error.problem}; the next run does that first"
     return f"{state.former} has all traffic again"

@@ -53,6 +53,11 @@ class KnativeCanary:
         body["spec"]["predictor"]["canaryTrafficPercent"] = traffic
         return body
 
+    def stands(self, found: dict[str, Any]) -> bool:
+        """The new model, at the share that the state tells."""
+        share = found["spec"]["predictor"].get("canaryTrafficPercent")
+        return storage_uri(found) == self._state.uri and share == self._state.traffic
+
     def look(self, found: dict[str, Any]) -> Look | None:
         """The newest revision."""
         if storage_uri(found) != self._state.uri:
@@ -88,7 +93,8 @@ class KnativeCanary:
         if found is None or named not in (former, self._state.uri):
             raise TakenOver(f"the service names {named or 'no model'} now", "Look at it with `haechi status`.")
         bad = latest_revision(found) if named == self._state.uri else ""
-        name, version = found["metadata"]["labels"]["app.kubernetes.io/name"], former.rstrip("/").rsplit("/", 1)[-1]
+        name = (found["metadata"].get("labels") or {}).get("app.kubernetes.io/name", job.model.name)
+        version = former.rstrip("/").rsplit("/", 1)[-1]
         body = bare(job.api.namespace, job.api.name, name, version, former)
         body["metadata"]["annotations"] = {TAG_ROUTING: "true"}
         body["spec"]["predictor"]["canaryTrafficPercent"] = 0

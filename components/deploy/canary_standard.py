@@ -38,7 +38,8 @@ class StandardCanary:
 
     def __init__(self, job: Job, found: dict[str, Any], state: RolloutState) -> None:
         self._job, self._found, self._state = job, found, state
-        self._name = f"v-{state.version}"
+        # A stable predictor that was replaced in place still bears the name of the canary that it once was.
+        self._name = f"{'w' if state.former_name == f'v-{state.version}' else 'v'}-{state.version}"
         self.services = (predictor_name(job.api.name, self._name), predictor_name(job.api.name, state.former_name))
         self.pods = self.services
         self.steps = job.rollout.steps
@@ -50,11 +51,17 @@ class StandardCanary:
         stable = int(self._found["spec"]["predictor"].get("minReplicas") or 1)
         served = deepcopy(self._job.wanted()["spec"]["predictor"]["model"])
         # The schema wants the container's name here; an empty one is what KServe fills in.
-        canary = {"name": self._name, "model": served | {"name": ""}}
+        canary = {"name": self._name, "model": served | {"name": ""}, "enableServiceLinks": False}
         # Without a number of its own a canary has no pod at 0 %, and is never ready.
         canary["minReplicas"] = min(stable, max(1, math.ceil(stable * traffic / 100)))
         body["spec"]["canary"] = [{"trafficPercent": traffic, "predictor": canary}]
         return body
+
+    def stands(self, found: dict[str, Any]) -> bool:
+        """One entry, ours, at the share that the state tells."""
+        entries = found["spec"].get("canary") or []
+        shares = [(storage_uri({"spec": entry}), int(entry.get("trafficPercent") or 0)) for entry in entries]
+        return shares == [(self._state.uri, self._state.traffic)] and storage_uri(found) == self._state.former
 
     def look(self, found: dict[str, Any]) -> Look | None:
         """Its pods, its Deployment and KServe's word."""
@@ -102,13 +109,24 @@ class StandardCanary:
         return look(found, "", self._job.api.deployment)
 
     def withdraw(self, state: RolloutState) -> None:
-        """Without the canary; after a promotion, the former model by its former name."""
-        job = self._job
+        """Without the canary; after a promotion, the former model by its former name. What others named stays."""
+        job, former = self._job, state.former
         found = job.persist(job.api.get)
+        if found is None:
+            raise TakenOver("the service was deleted meanwhile", "Run deploy again to make it anew.")
         named = storage_uri(found)
-        if found is None or named not in (state.former, self._state.uri):
-            raise TakenOver(f"the service names {named or 'no model'} now", "Look at it with `haechi status`.")
-        if named == state.former:
-            job.apply(ours(found), state)
-        else:
+        if named == self._state.uri:
             job.restore(found, state.former_name, state)
+            return
+        body = ours(found)
+        if named != former:  # theirs to set: we only take our canary away
+            body["spec"]["predictor"]["model"].pop("storageUri", None)
+        job.apply(body, state)
+        left = job.persist(job.api.get) or {"spec": {}}
+        if left["spec"].get("canary"):
+            raise TakenOver("the canary is somebody else's by now, and stays", "Look at it with `haechi status`.")
+        if named != former:
+            raise TakenOver(
+                f"the canary was withdrawn, and the service names {named or 'no model'} now, which somebody else set",
+                "Look at it with `haechi status`.",
+            )

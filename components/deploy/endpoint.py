@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +90,16 @@ class Endpoint:
             time.sleep(min(1.0, self._settle / 10))
 
 
-def check_golden_at(endpoint: Endpoint, folder: Path, version: str) -> Agreement:
+def check_golden_at(
+    endpoint: Endpoint, folder: Path, version: str, tick: Callable[[], None] = lambda: None
+) -> Agreement:
     """Ask an address for the golden images of a model folder, and compare with the golden boxes.
 
     Args:
         endpoint: where the model should be.
         folder: its model folder.
         version: that must answer.
+        tick: called before each image.
 
     Returns:
         The agreement, which is ok.
@@ -106,6 +110,7 @@ def check_golden_at(endpoint: Endpoint, folder: Path, version: str) -> Agreement
     """
     results = []
     for image in read_golden(folder):
+        tick()
         found, answered = endpoint.detect(image)
         if answered != version:
             raise DeployError(

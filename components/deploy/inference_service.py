@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from haechi.components.shared.errors import DeployError
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.progress import say
 
-from .kubernetes_api import MANAGER, InferenceServiceApi
+from .kubernetes_api import MANAGER, Away, InferenceServiceApi
 from .lease import LeaseLost
 from .readiness import Look, latest_revision, look, storage_uri
 from .rollout_state import STATE
@@ -30,6 +30,7 @@ __all__ = [
     "bare",
     "manifest",
     "ours",
+    "persist",
     "refuse_canary",
     "roll_out",
     "wait",
@@ -40,6 +41,8 @@ MODE = "serving.kserve.io/deploymentMode"
 TAG_ROUTING = "serving.kserve.io/enable-tag-routing"
 _OUR_LABELS = "app.kubernetes.io/"
 _LABEL_LENGTH = 63
+
+_Result = TypeVar("_Result")
 
 
 class TakenOver(DeployError):
@@ -93,6 +96,7 @@ def ours(found: dict[str, Any]) -> dict[str, Any]:
     meta, predictor = found["metadata"], found["spec"]["predictor"]
     model = predictor.get("model") or {}
     served = {key: model[key] for key in ("modelFormat", "protocolVersion", "storageUri") if key in model}
+    links = {"enableServiceLinks": False} if predictor.get("enableServiceLinks") is False else {}
     notes = meta.get("annotations") or {}
     return {
         "apiVersion": "serving.kserve.io/v1beta1",
@@ -107,7 +111,7 @@ def ours(found: dict[str, Any]) -> dict[str, Any]:
                 if (key.startswith("haechi.io/") and key != STATE) or key in (MODE, TAG_ROUTING)
             },
         },
-        "spec": {"predictor": {"model": served, **_own_name(predictor)}},
+        "spec": {"predictor": {"model": served, **links, **_own_name(predictor)}},
     }
 
 
@@ -127,7 +131,7 @@ def roll_out(
     Raises:
         DeployError: refused, or not ready in time (then with the conditions' messages, and what was put back).
     """
-    before, uri = api.get(), storage_uri(wanted)
+    before, uri = persist(api.get, patience, tick), storage_uri(wanted)
     refuse_canary(api, before)
     api.deployment(f"{api.name}-predictor")  # may we look at all? Told before anything changes
     previous = _previous_uri(before, uri)
@@ -135,15 +139,37 @@ def roll_out(
         wanted["metadata"]["annotations"][PREVIOUS] = previous
     # Without the name that a canary left, the Deployment would be renamed and the old one deleted at once.
     wanted["spec"]["predictor"] |= _own_name(((before or {}).get("spec") or {}).get("predictor") or {})
-    api.apply(wanted)
-    say(f"InferenceService {api.namespace}/{api.name} names {uri}; waiting until it is ready")
     stale = latest_revision(before) if storage_uri(before) != uri else ""
+    try:
+        persist(lambda: api.apply(wanted), patience, tick)
+    except Away as error:  # it may have been done all the same
+        raise DeployError(f"{error.problem}. {_go_back(api, wanted, previous)}", error.remedy) from error
+    say(f"InferenceService {api.namespace}/{api.name} names {uri}; waiting until it is ready")
     try:
         wait(api, patience, lambda found: _look_for(api, found, uri, stale), uri, tick)
     except LeaseLost:
         raise
     except DeployError as error:
         raise DeployError(f"{error.problem}. {_go_back(api, wanted, previous)}", error.remedy) from error
+
+
+def persist(work: Callable[[], _Result], patience: Patience, tick: Callable[[], None] = lambda: None) -> _Result:
+    """Call the API; for as long as a quarter of the patience lasts, try again where it is away.
+
+    Args:
+        work: the call; a write must be one that may be done twice, since the answer to the first may be lost.
+        patience: how long, and how often.
+        tick: called between two tries.
+    """
+    end = time.monotonic() + patience.timeout / 4
+    while True:
+        try:
+            return work()
+        except Away:
+            if time.monotonic() > end:
+                raise
+        time.sleep(patience.poll)
+        tick()
 
 
 def _own_name(predictor: dict[str, Any]) -> dict[str, str]:
@@ -169,7 +195,8 @@ def bare(namespace: str, name: str, model: str, version: str, storage_uri: str) 
         "apiVersion": "serving.kserve.io/v1beta1",
         "kind": "InferenceService",
         "metadata": {"name": name, "namespace": namespace, "labels": labels},
-        "spec": {"predictor": {"model": served}},
+        # Kubernetes would put the address of every Service of the namespace into the runtime's environment.
+        "spec": {"predictor": {"model": served, "enableServiceLinks": False}},
     }
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from haechi.components.shared.model_folder import ModelFolder
+from haechi.components.shared.parity import Agreement
 
-from .endpoint import Endpoint
-from .inference_service import MODE, TAG_ROUTING, Patience, bare, manifest, wait
-from .kubernetes_api import Away, InferenceServiceApi
+from .endpoint import Endpoint, check_golden_at
+from .inference_service import MODE, TAG_ROUTING, Patience, bare, manifest, persist, wait
+from .kubernetes_api import InferenceServiceApi
 from .lease import Lease
 from .readiness import look, storage_uri
 from .rollout import Rollout
@@ -58,16 +58,8 @@ class Job:
         self.persist(lambda: self.api.apply({**body, "metadata": {**body["metadata"], "annotations": notes}}))
 
     def persist(self, work: Callable[[], _Result]) -> _Result:
-        """Call the API; for as long as a quarter of the patience lasts, try again where it is away."""
-        end = time.monotonic() + self.patience.timeout / 4
-        while True:
-            try:
-                return work()
-            except Away:
-                if time.monotonic() > end:
-                    raise
-            time.sleep(self.patience.poll)
-            self.lease.renew()
+        """Call the API, and try again where it is away, for a while."""
+        return persist(work, self.patience, self.lease.renew)
 
     def restore(self, found: dict[str, Any], name: str, failed: RolloutState) -> None:
         """Put the former model back and wait until it serves.
@@ -79,7 +71,8 @@ class Job:
         """
         former, meta = failed.former, found["metadata"]
         version = former.rstrip("/").rsplit("/", 1)[-1]
-        body = bare(self.api.namespace, self.api.name, meta["labels"]["app.kubernetes.io/name"], version, former)
+        model = (meta.get("labels") or {}).get("app.kubernetes.io/name", self.model.name)
+        body = bare(self.api.namespace, self.api.name, model, version, former)
         notes = meta.get("annotations") or {}
         body["metadata"]["annotations"] = {key: notes[key] for key in (MODE, TAG_ROUTING) if key in notes}
         body["spec"]["predictor"] |= {"name": name} if name else {}
@@ -92,6 +85,10 @@ class Job:
             self.lease.renew,
         )
         self.apply(body, failed)
+
+    def ask(self, service: str, name: str = "") -> Agreement:
+        """Ask a predictor's Service for the golden images; raises where it gives other boxes, or none."""
+        return check_golden_at(self.endpoint(service, name), self.folder, self.model.version, self.lease.renew)
 
     def endpoint(self, service: str, model: str = "") -> Endpoint:
         """A predictor's Service; it serves under the InferenceService's name."""

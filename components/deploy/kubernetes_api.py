@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from haechi.components.shared.errors import DeployError
+from haechi.components.shared.kubernetes_caller import KubernetesCaller, Refused, Unreachable, Unusable, connect
 
-__all__ = ["MANAGER", "Away", "Conflict", "Forbidden", "InferenceServiceApi"]
+__all__ = ["MANAGER", "Away", "Conflict", "Forbidden", "InferenceServiceApi", "Raced"]
 
 MANAGER = "haechi-deploy"  # owns the fields that we apply, and no others
 _TIMEOUT = (5, 30)  # seconds to connect, and to wait for an answer
@@ -25,7 +25,11 @@ class Forbidden(DeployError):
 
 
 class Conflict(DeployError):
-    """Somebody else manages a field, or changed the object since it was read."""
+    """Somebody else manages a field."""
+
+
+class Raced(Away):
+    """Somebody else changed the object at the same moment: worth another try."""
 
 
 class InferenceServiceApi:
@@ -41,15 +45,15 @@ class InferenceServiceApi:
             refuses us, or lacks the namespace or KServe.
     """
 
-    def __init__(self, namespace: str, name: str, client: Any = None) -> None:
+    def __init__(self, namespace: str, name: str, caller: KubernetesCaller | None = None) -> None:
         self.namespace, self.name = namespace, name
-        self._client = client or _connect()
-        self.server: str = self._client.configuration.host
+        self._caller = caller or _connect()
+        self.server = self._caller.server
         self._path = f"/apis/serving.kserve.io/v1beta1/namespaces/{namespace}/inferenceservices/{name}"
 
     def beside(self, name: str) -> InferenceServiceApi:
         """Another InferenceService of the same namespace, over the same connection."""
-        return InferenceServiceApi(self.namespace, name, self._client)
+        return InferenceServiceApi(self.namespace, name, self._caller)
 
     def get(self) -> dict[str, Any] | None:
         """The object as it is now, or None where it does not exist."""
@@ -109,7 +113,7 @@ class InferenceServiceApi:
         """Make a Lease, or replace the one that was read (then it has a resourceVersion).
 
         Raises:
-            Conflict: somebody was faster.
+            Raced: somebody was faster.
         """
         known = "resourceVersion" in lease["metadata"]
         path = self._leases(lease["metadata"]["name"] if known else "")
@@ -129,85 +133,57 @@ class InferenceServiceApi:
         optional: bool = False,
         content_type: str = _APPLY,
     ) -> dict[str, Any] | None:
-        import urllib3
-        from kubernetes.client.exceptions import ApiException
-
-        headers = {"Accept": "application/json"}
-        if body is not None:
-            headers["Content-Type"] = content_type
         try:
-            found: dict[str, Any] = self._client.call_api(
-                path or self._path,
-                verb,
-                query_params=query or [],
-                header_params=headers,
-                body=body,
-                response_type="object",
-                auth_settings=["BearerToken"],
-                _return_http_data_only=True,
-                _request_timeout=_TIMEOUT,
-            )
-            return found
-        except ApiException as error:
-            if absent and error.status == 404 and (optional or _message(error).startswith(_OBJECTS)):
+            return self._caller.call(verb, path or self._path, body, query or (), content_type)
+        except Refused as error:
+            if absent and error.status == 404 and (optional or error.message.startswith(_OBJECTS)):
                 return None
-            raise self._explain(verb, error) from error
-        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise self._explain(verb, error.status, error.message) from error
+        except Unreachable as error:
             raise Away(
                 f"cannot reach the Kubernetes API server at {self.server}: {error}",
                 "Check the kubeconfig's server, or the network policy of this pod.",
             ) from error
 
-    def _explain(self, verb: str, error: Any) -> DeployError:
-        message, where = _message(error), f"InferenceService {self.namespace}/{self.name}"
-        if error.status == 401:
+    def _explain(self, verb: str, status: int, message: str) -> DeployError:
+        where = f"InferenceService {self.namespace}/{self.name}"
+        if status == 401:
             return DeployError(
                 f"{self.server} does not accept our credentials: {message}", "Renew the token or kubeconfig."
             )
-        if error.status == 403 and " cannot " in message:  # else admission, or a quota: below
+        if status == 403 and " cannot " in message:  # else admission, or a quota: below
             return Forbidden(
                 f"we may not {verb.lower()} {where}: {message}",
                 "Give the step's service account (pipeline-runner) the Role haechi-deploy of manifests/base/serving in "
                 f"namespace {self.namespace}, and see that namespace {self.namespace} exists.",
             )
-        if error.status == 404 and message.startswith("namespaces "):
+        if status == 404 and message.startswith("leases."):
+            return Raced(f"the Lease of {where} was deleted: {message}", "Try again.")
+        if status == 404 and message.startswith("namespaces "):
             return DeployError(f"namespace {self.namespace!r} does not exist at {self.server}", "Create it first.")
-        if error.status == 404:
+        if status == 404:
             return DeployError(
                 f"{self.server} knows no InferenceService (serving.kserve.io/v1beta1): {message}",
                 "Install KServe in that cluster, or use another deploy target.",
             )
-        if error.status == 409:
+        if status == 409 and "conflict with" not in message:
+            return Raced(f"{where} is being changed by somebody else: {message}", "Try again.")
+        if status == 409:
             return Conflict(
                 f"{where} has fields that someone else manages: {message}",
                 f"Remove those fields from the other manager's manifest, so that {MANAGER} may set them.",
             )
-        if error.status in (400, 403, 422):
+        if status in (400, 403, 422):
             return DeployError(f"the cluster refused {where}: {message}", "Mend what the message names.")
-        return Away(f"{self.server} answered {error.status} for {where}: {message}", "Try again later.")
+        return Away(f"{self.server} answered {status} for {where}: {message}", "Try again later.")
 
 
-def _connect() -> Any:
-    from kubernetes import client, config
-
-    configuration = client.Configuration()
+def _connect() -> KubernetesCaller:
+    remedy = "Run in the cluster, or set KUBECONFIG to the kubeconfig of the cluster to deploy to."
     try:
-        config.load_incluster_config(client_configuration=configuration)
-    except config.ConfigException:
-        try:
-            config.load_kube_config(client_configuration=configuration)
-        except (config.ConfigException, OSError, ValueError) as error:
-            raise DeployError(
-                f"neither a pod's service account nor a usable kubeconfig is here ({error})",
-                "Run in the cluster, or set KUBECONFIG to the kubeconfig of the cluster to deploy to.",
-            ) from error
-    return client.ApiClient(configuration)
-
-
-def _message(error: Any) -> str:
-    """The API server's own words: a Status object's message, or its plain text."""
-    body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else str(error.body or error.reason)
-    try:
-        return str(json.loads(body)["message"])[:1000]
-    except (ValueError, KeyError, TypeError):
-        return body.strip()[:1000]
+        caller = connect(_TIMEOUT)
+    except Unusable as error:
+        raise DeployError(str(error), remedy) from error
+    if caller is None:
+        raise DeployError("neither a pod's service account nor a kubeconfig is here", remedy)
+    return caller

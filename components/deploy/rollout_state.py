@@ -6,6 +6,7 @@ It is an annotation of the same apply that changes the spec: the two can never t
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
@@ -16,6 +17,7 @@ STATE = "haechi.io/rollout"
 # canary, promoting and back are under way; the others are ends.
 PHASES = ("canary", "promoting", "back", "done", "failed")
 _REASON_LENGTH = 1000
+_NAME = re.compile(r"[A-Za-z0-9.-]{0,63}")  # becomes a part of names, and of addresses
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class RolloutState:
         kinds = all(
             isinstance(getattr(state, item.name), int if item.name == "traffic" else str) for item in fields(cls)
         )
-        return state if kinds and state.phase in PHASES else cls()
+        sound = kinds and state.phase in PHASES and 0 <= state.traffic <= 100
+        return state if sound and all(map(_NAME.fullmatch, (state.version, state.former_name))) else cls()
 
     @property
     def under_way(self) -> bool:

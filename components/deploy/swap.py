@@ -8,16 +8,16 @@ from typing import Any
 from haechi.components.shared.errors import DeployError
 from haechi.components.shared.progress import say
 
-from .canary import Way, walk
+from .canary import Way, finish, walk
 from .canary_knative import KnativeCanary
 from .canary_standard import StandardCanary
-from .endpoint import check_golden_at
 from .inference_service import MODE, PREVIOUS, TAG_ROUTING, TakenOver, ours, refuse_canary, roll_out
 from .job import Job
+from .kubernetes_api import MANAGER
 from .lease import LeaseLost
-from .readiness import predictor_name, storage_uri
+from .readiness import look, predictor_name, storage_uri
 from .rollout_state import RolloutState
-from .shadow import prove_in_shadow, remove_shadow
+from .shadow import check_shadow, prove_in_shadow, remove_shadow
 from .strategy import choose
 
 __all__ = ["swap"]
@@ -39,18 +39,62 @@ def swap(job: Job) -> str:
     found = job.persist(job.api.get)
     state = RolloutState.of(found)
     if found and state.under_way:
-        if state.version == job.model.version and state.strategy in _CANARIES and state.phase == "canary":
-            say(f"going on with the canary of {state.owner or 'a former run'}, at {state.traffic} %")
-            walk(job, _way(job, found, state), state)
-            return state.strategy
+        strategy = _go_on(job, found, state) if state.uri == job.uri else ""
+        if strategy:
+            return strategy
         found = _clean_up(job, found, state)
+    elif found and _lost(found):
+        found = _clean_up(job, found, _guess(found))
     return _begin(job, found)
+
+
+def _go_on(job: Job, found: dict[str, Any], state: RolloutState) -> str:
+    """The strategy, where a killed rollout of this very model was brought to its end; empty where it must begin again."""
+    state = replace(state, owner=job.lease.holder)
+    if state.phase == "promoting" and storage_uri(found) == job.uri:
+        say(f"{state.version} was named, and nobody saw whether it serves: going on")
+        if state.strategy in _CANARIES:
+            finish(job, _way(job, found, state), state)
+        else:
+            _replace(job, found, state)
+        return state.strategy
+    if state.phase == "canary" and state.strategy in _CANARIES:
+        way = _way(job, found, state)
+        # Whoever took the canary away, or gave it another share, wanted no more of it: from the beginning then.
+        if way.stands(found):
+            say(f"going on with the canary that was left at {state.traffic} %")
+            walk(job, way, state)
+            return state.strategy
+    return ""
+
+
+def _lost(found: dict[str, Any]) -> bool:
+    """Whether traffic is split by us, and our note of it cannot be read any more."""
+    fields = [
+        entry.get("fieldsV1", {}).get("f:spec", {})
+        for entry in found["metadata"].get("managedFields") or []
+        if entry.get("manager") == MANAGER
+    ]
+    return any("f:canary" in spec or "f:canaryTrafficPercent" in spec.get("f:predictor", {}) for spec in fields)
+
+
+def _guess(found: dict[str, Any]) -> RolloutState:
+    """What a rollout without a readable note must have been."""
+    canary, named = found["spec"].get("canary") or [], storage_uri(found)
+    if canary:
+        uri, strategy, former = storage_uri({"spec": canary[0]}), "canary", named
+    else:
+        notes = found["metadata"].get("annotations") or {}
+        uri, strategy, former = named, "canary-knative", str(notes.get(PREVIOUS, ""))
+    name = str(found["spec"]["predictor"].get("name") or "")
+    version = uri.rstrip("/").rsplit("/", 1)[-1]
+    return RolloutState("canary", strategy, version, uri, former, name, reason="its note could not be read")
 
 
 def _begin(job: Job, found: dict[str, Any] | None) -> str:
     former = storage_uri(found)
     if found is None or former in ("", job.uri):
-        _replace(job, found, job.state("promoting", "rolling"), asked=job.rollout.strategy != "rolling")
+        _replace(job, found, _again(job, RolloutState.of(found)))
         return "" if former else "rolling"
     name = str(found["spec"]["predictor"].get("name") or "")
     refuse_canary(job.api, found)
@@ -65,9 +109,18 @@ def _begin(job: Job, found: dict[str, Any] | None) -> str:
         walk(job, _way(job, found, state), state)
         return choice.strategy
     if choice.strategy == "shadow":
+        check_shadow(job)
         _in_shadow(job, found, state)
-    _replace(job, found, replace(state, phase="promoting"), asked=choice.strategy == "shadow")
+    _replace(job, found, replace(state, phase="promoting"))
     return choice.strategy
+
+
+def _again(job: Job, before: RolloutState) -> RolloutState:
+    """The state of a model that is named already, which keeps how it came there."""
+    begun = job.state("promoting", "rolling")
+    if before.uri != job.uri or before.phase != "done":
+        return begun
+    return replace(before, phase="promoting", owner=begun.owner, since=begun.since)
 
 
 def _would_take(job: Job, name: str) -> None:
@@ -89,27 +142,26 @@ def _clean_up(job: Job, found: dict[str, Any], state: RolloutState) -> dict[str,
     failed = replace(state, phase="failed", traffic=0, reason=state.reason or f"it was left in phase {state.phase}")
     if state.strategy == "shadow":
         remove_shadow(job)
-    way = _way(job, found, state)
     try:
-        if state.phase == "promoting":
-            _finish(job, way, found, failed)
-        elif state.strategy in _CANARIES or state.phase == "back":
-            way.withdraw(failed)
+        if state.phase == "promoting" and _serves(job, found, state):
+            return found  # it had passed all checks
+        if state.strategy in _CANARIES:
+            _way(job, found, state).withdraw(failed)
+        elif storage_uri(found) == state.uri and state.former not in ("", state.uri):
+            job.restore(found, state.former_name, failed)
         else:
             job.apply(ours(found), failed)
     except TakenOver as error:
-        # What somebody else named meanwhile stays; a canary of ours, if any, goes.
-        job.apply(ours(found), replace(failed, reason=error.problem))
+        say(error.problem)
     return job.persist(job.api.get)
 
 
-def _finish(job: Job, way: Way, found: dict[str, Any], failed: RolloutState) -> None:
-    """A promotion that nobody saw the end of: if it serves it stays, since it had passed all checks."""
-    if failed.version == job.model.version:
-        return  # waited for, and asked, by what follows
-    seen = way.serves(found)
-    if seen is None or not seen.ready:
-        way.withdraw(failed)
+def _serves(job: Job, found: dict[str, Any], state: RolloutState) -> bool:
+    if state.strategy in _CANARIES:
+        seen = _way(job, found, state).serves(found)
+    else:
+        seen = look(found, "", job.api.deployment) if storage_uri(found) == state.uri else None
+    return seen is not None and seen.ready
 
 
 def _in_shadow(job: Job, found: dict[str, Any], state: RolloutState) -> None:
@@ -123,8 +175,8 @@ def _in_shadow(job: Job, found: dict[str, Any], state: RolloutState) -> None:
         raise DeployError(f"{error.problem}. {state.former} was never touched", error.remedy) from error
 
 
-def _replace(job: Job, found: dict[str, Any] | None, state: RolloutState, asked: bool) -> None:
-    """Replace all pods; with `asked`, the service must give the golden boxes afterwards."""
+def _replace(job: Job, found: dict[str, Any] | None, state: RolloutState) -> None:
+    """Replace all pods; then the service must give the golden boxes, unless that is not wanted."""
     wanted = job.wanted()
     kept = (found or {"metadata": {}})["metadata"].get("annotations") or {}
     wanted["metadata"]["annotations"] |= {key: kept[key] for key in (MODE, TAG_ROUTING) if key in kept}
@@ -135,9 +187,12 @@ def _replace(job: Job, found: dict[str, Any] | None, state: RolloutState, asked:
     except (LeaseLost, TakenOver):
         raise
     except DeployError as error:
-        _note(job, replace(failed, reason=error.problem))
+        try:
+            _note(job, replace(failed, reason=error.problem))
+        except DeployError as other:
+            say(f"that it failed could not be noted: {other.problem}")
         raise
-    if asked:
+    if job.rollout.strategy != "rolling":
         _ask(job, wanted, failed)
     _note(job, replace(state, phase="done"))
 
@@ -154,8 +209,10 @@ def _ask(job: Job, wanted: dict[str, Any], failed: RolloutState) -> None:
     name = str(wanted["spec"]["predictor"].get("name") or "")
     previous = str(wanted["metadata"]["annotations"].get(PREVIOUS, ""))
     try:
-        check_golden_at(job.endpoint(predictor_name(job.api.name, name)), job.folder, job.model.version)
+        job.ask(predictor_name(job.api.name, name))
         return
+    except LeaseLost:
+        raise
     except DeployError as error:
         problem, remedy = error.problem, error.remedy
     failed = replace(failed, reason=problem, former=previous)
@@ -163,5 +220,10 @@ def _ask(job: Job, wanted: dict[str, Any], failed: RolloutState) -> None:
     if not previous or not found:
         _note(job, failed)
         raise DeployError(f"{problem}. There was no model before it, so the object stays for you to look at", remedy)
-    job.restore(found, name, failed)
+    try:
+        job.restore(found, name, failed)
+    except (LeaseLost, TakenOver):
+        raise
+    except DeployError as error:
+        raise DeployError(f"{problem}. Putting {previous} back failed too: {error.problem}", remedy) from error
     raise DeployError(f"{problem}. {previous} was put back", remedy)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from haechi.components.shared.kubernetes_caller import KubernetesCaller, Refused, Unreachable, Unusable
+from haechi.components.shared.kubernetes_caller import connect as connect_to_cluster
 
 from .findings import CannotLook
 
@@ -21,12 +22,11 @@ class Cluster:
     """One cluster, as one user. Safe to share between threads.
 
     Args:
-        client: a kubernetes ApiClient.
+        caller: sends the requests.
     """
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
-        self.server: str = client.configuration.host
+    def __init__(self, caller: KubernetesCaller) -> None:
+        self._caller, self.server = caller, caller.server
         self._known: dict[str, tuple[threading.Lock, list[Any]]] = {}
         self._lock = threading.Lock()
 
@@ -110,43 +110,29 @@ class Cluster:
             return kept[0]
 
     def _ask(self, verb: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
-        import urllib3
-        from kubernetes.client.exceptions import ApiException
-
         try:
-            found: dict[str, Any] = self._client.call_api(
-                path,
-                verb,
-                header_params={"Accept": "application/json", "Content-Type": "application/json"},
-                body=body,
-                response_type="object",
-                auth_settings=["BearerToken"],
-                _return_http_data_only=True,
-                _request_timeout=_TIMEOUT,
-            )
-            return found
-        except ApiException as error:
+            return self._caller.call(verb, path, body)
+        except Refused as error:
             if error.status == 404:
                 return None
             raise self._refused(path, error) from error
-        except (urllib3.exceptions.HTTPError, OSError) as error:
+        except Unreachable as error:
             raise CannotLook(
-                f"the Kubernetes API server at {self.server} cannot be reached ({_short(error)})",
+                f"the Kubernetes API server at {self.server} cannot be reached ({error})",
                 "Start the cluster or correct the kubeconfig (--kubeconfig, --context); --local looks at this machine only.",
             ) from error
 
-    def _refused(self, path: str, error: Any) -> CannotLook:
-        message = _message(error)
+    def _refused(self, path: str, error: Refused) -> CannotLook:
         if error.status == 401:
             return CannotLook(
                 f"{self.server} does not accept our credentials", "Renew the kubeconfig's token, or log in again."
             )
         if error.status == 403:
             return CannotLook(
-                message,
+                error.message,
                 "kubectl create clusterrolebinding doctor --clusterrole=view --user=<you>   # or ask who may look",
             )
-        return CannotLook(f"{self.server} answered {error.status} to {path}: {message}", "Try again later.")
+        return CannotLook(f"{self.server} answered {error.status} to {path}: {error.message}", "Try again later.")
 
 
 def connect(kubeconfig: str = "", context: str = "") -> Cluster | None:
@@ -159,41 +145,11 @@ def connect(kubeconfig: str = "", context: str = "") -> Cluster | None:
     Raises:
         CannotLook: the kubeconfig is named or present, and cannot be used.
     """
-    from kubernetes import client, config
-    from kubernetes.config import kube_config
-
-    configuration = client.Configuration()
-    configuration.retries = 0
-    configuration.connection_pool_maxsize = 32  # as many as there are checks
-    if not kubeconfig and not context:
-        try:
-            config.load_incluster_config(client_configuration=configuration)
-            return Cluster(client.ApiClient(configuration))
-        except config.ConfigException:
-            pass
-    files = kubeconfig or kube_config.KUBE_CONFIG_DEFAULT_LOCATION
-    named = bool(kubeconfig or context)
-    if not named and not any(Path(name).expanduser().is_file() for name in files.split(":") if name):
-        return None
     try:
-        config.load_kube_config(files, context or None, client_configuration=configuration)
-    # The library lets errors of YAML, base64 and of a broken file's structure through as they are.
-    except Exception as error:
+        # As many connections as there are checks.
+        caller = connect_to_cluster(_TIMEOUT, kubeconfig, context, retries=0, connections=32)
+    except Unusable as error:
         raise CannotLook(
-            f"the kubeconfig {files} cannot be used ({_short(error)})",
-            "Correct it, name another with --kubeconfig and --context, or give --local.",
+            str(error), "Correct it, name another with --kubeconfig and --context, or give --local."
         ) from error
-    return Cluster(client.ApiClient(configuration))
-
-
-def _short(error: Exception) -> str:
-    cause = getattr(error, "reason", None) or error  # urllib3 wraps what happened
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0].split(" object at ")[-1][:300]
-
-
-def _message(error: Any) -> str:
-    body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else str(error.body or error.reason)
-    try:
-        return str(json.loads(body)["message"])[:600]
-    except (ValueError, KeyError, TypeError):
-        return body.strip()[:600]
+    return Cluster(caller) if caller else None

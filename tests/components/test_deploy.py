@@ -549,7 +549,8 @@ def test_an_inference_service_is_applied_and_awaited(world: World, cluster: Clus
                 "modelFormat": {"name": "yolo-onnx"},
                 "protocolVersion": "v2",
                 "storageUri": uri_of(world, model.version),
-            }
+            },
+            "enableServiceLinks": False,
         }
     }
     assert body["metadata"]["labels"]["app.kubernetes.io/version"] == model.version
@@ -729,7 +730,7 @@ def test_a_cluster_that_cannot_be_reached_is_told(
     with pytest.raises(DeployError, match=r"cannot reach the Kubernetes API server at http://127\.0\.0\.1:9"):
         world.deploy(target=SERVICE)
     use(tmp_path / "nothing-here", monkeypatch)
-    with pytest.raises(DeployError, match="neither a pod's service account nor a usable kubeconfig"):
+    with pytest.raises(DeployError, match="neither a pod's service account nor a kubeconfig"):
         world.deploy(target=SERVICE)
 
 

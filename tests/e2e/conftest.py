@@ -7,6 +7,7 @@ Ask for the fixtures; without kube-apiserver, etcd, kubectl or the schemas in sh
     namespace      a fresh namespace with the Role `haechi-deploy` of manifests/base, bound to kubeflow/pipeline-runner
     runner         the name of that service account as a user; our own Kubernetes client speaks as it from here on
     kserve         the stand-in for KServe's controller in that namespace (kserve_stand_in.py lists its modes)
+    place, models  a service with real runtimes behind it (canary_world.py)
     webhook        the stand-in for KServe's admission webhooks (kserve_webhook.py)
     speak_as       speak_as("kubeflow/nobody"): from here on our own client is another user
 
@@ -31,6 +32,7 @@ import crds
 import pytest
 import yaml
 from api_server import ApiServer, why_absent
+from canary_world import models, place  # noqa: F401 - fixtures
 from kserve_stand_in import KserveStandIn
 from kserve_webhook import KserveWebhook
 
@@ -40,12 +42,17 @@ REQUIRED = "HAECHI_E2E_REQUIRED"  # set by `make e2e`: what is absent fails inst
 
 
 @pytest.fixture(scope="session")
-def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    """An API server that knows no kinds but Kubernetes' own."""
+def can_start() -> None:
+    """Skips where no API server can be started, and says why."""
     absent = why_absent() or ("" if shutil.which("kubectl") else "kubectl is not installed")
     if absent:
         assert not os.environ.get(REQUIRED), absent
         pytest.skip(absent)
+
+
+@pytest.fixture(scope="session")
+def api_server(can_start: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    """An API server that knows no kinds but Kubernetes' own."""
     with ApiServer(tmp_path_factory.mktemp("cluster")) as server:
         yield server
 
