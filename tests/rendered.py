@@ -78,11 +78,13 @@ def _rendered(target: str) -> str:
     if not target.startswith("components/"):
         return _kustomize(kubectl, MANIFESTS / target)
     name = target.removeprefix("components/")
+    # gateway-canary comes first, as istio-auth changes what it brings.
+    options = sorted(COMPONENTS, key="gateway-canary".__ne__) if name == "*" else [*_NEEDS.get(name, []), name]
     with tempfile.TemporaryDirectory() as folder:
         relative = os.path.relpath(MANIFESTS, Path(folder).resolve())
         wanted = {
             "resources": [f"{relative}/base/{base}" for base in BASES],
-            "components": [f"{relative}/components/{item}" for item in [*_NEEDS.get(name, []), name]],
+            "components": [f"{relative}/components/{item}" for item in options],
         }
         (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(wanted))
         return _kustomize(kubectl, Path(folder))
@@ -96,7 +98,7 @@ def _kustomize(kubectl: str, folder: Path) -> str:
 
 
 def render(target: str) -> list[Object]:
-    """The objects of `base/x`, `components/x` (on all bases) or `overlays/x`; a caller may change them."""
+    """The objects of `base/x`, `components/x` or `components/*` (on all bases), or `overlays/x`; a caller may change them."""
     return copy.deepcopy(_parsed(target))
 
 

@@ -20,6 +20,7 @@ from haechi.components.shared.settings import Settings
 from haechi.serving.command import add_arguments
 from haechi.serving.settings import ServingSettings
 from tests.rendered import (
+    BASES,
     COMPONENTS,
     CRDS,
     MANIFESTS,
@@ -144,6 +145,18 @@ def _images(overlay: str) -> list[Object]:
     return images
 
 
+@pytest.mark.parametrize("option", COMPONENTS)
+def test_what_an_option_adds_says_so_that_it_can_be_deleted_by_that(option: str) -> None:
+    plain = {identity(item) for base in BASES for item in render(f"base/{base}")}
+    needed = render("components/gateway-canary") if option == "istio-auth" else []
+    for item in render(f"components/{option}"):
+        labels = item["metadata"]["labels"]
+        if identity(item) in plain:
+            assert "haechi.io/option" not in labels, identity(item)
+        elif identity(item) not in map(identity, needed):
+            assert labels["haechi.io/option"] == option, identity(item)
+
+
 def test_keda_and_canaries_by_gateway_do_not_meet() -> None:
     # In canary mode each model has a Deployment of its own name, which no ScaledObject can know.
     for overlay in OVERLAYS:
@@ -158,10 +171,12 @@ def test_keda_and_canaries_by_gateway_do_not_meet() -> None:
 def test_every_pod_is_restricted_and_has_bounds(target: str) -> None:
     for pod in pods(render(target)):
         _assert_restricted(pod)
-        for box in pod.spec["containers"]:
+        for volume in pod.spec["volumes"]:
+            assert "emptyDir" not in volume or volume["emptyDir"].get("sizeLimit"), pod.owner
+        for box in _boxes(pod):
             assert re.search(r":v?\d+[.\w-]*$", box["image"]), f"{box['image']} has no version"
             for bound in ("requests", "limits"):
-                assert {"cpu", "memory"} <= set(box["resources"][bound]), pod.owner
+                assert {"cpu", "memory", "ephemeral-storage"} <= set(box["resources"][bound]), pod.owner
             # What nobody calls has nothing to probe: it ends, and is started again.
             if box.get("ports"):
                 assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(box), pod.owner
@@ -172,6 +187,11 @@ def test_every_pod_is_restricted_and_has_bounds(target: str) -> None:
             assert pod.spec["enableServiceLinks"] is False
 
 
+def _boxes(pod: Pod) -> list[Object]:
+    boxes: list[Object] = [*pod.spec["containers"], *pod.spec.get("initContainers", [])]
+    return boxes
+
+
 def _assert_restricted(pod: Pod) -> None:
     """Pod Security "restricted" as the standard lists it, and beyond it a read-only root and a numeric user."""
     outer = pod.spec.get("securityContext", {})
@@ -179,7 +199,7 @@ def _assert_restricted(pod: Pod) -> None:
         assert not pod.spec.get(name), pod.owner
     volumes = {name for volume in pod.spec["volumes"] for name in volume if name != "name"}
     assert volumes <= {"configMap", "emptyDir", "persistentVolumeClaim", "projected", "secret", "csi"}, pod.owner
-    for box in [*pod.spec["containers"], *pod.spec.get("initContainers", [])]:
+    for box in _boxes(pod):
         inner = {**outer, **box["securityContext"]}
         assert inner["runAsNonRoot"] is True, pod.owner
         assert inner["runAsUser"] > 0, pod.owner
@@ -277,6 +297,27 @@ def test_services_budgets_and_scalers_meet_the_pods_that_they_mean(target: str) 
             assert [p.owner for p in known if p.namespace == where and selector.items() <= p.labels.items()] == [
                 identity(item)
             ]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_has_replicas_survives_a_node(overlay: str) -> None:
+    objects = render(f"overlays/{overlay}")
+    (operations,) = _documents(MANIFESTS / "examples/inferenceservice-operations.yaml")
+    several = [_predictor(find(objects, "ServingRuntime"), merged(_service(), operations))]
+    scaled = {
+        identity(find(objects, target["kind"], target["name"], str(item["metadata"]["namespace"])))
+        for item in objects
+        if item["kind"] == "HorizontalPodAutoscaler" and item["spec"]["minReplicas"] > 1
+        for target in [item["spec"]["scaleTargetRef"]]
+    }
+    scaled |= {identity(item) for item in objects if item.get("spec", {}).get("replicas", 1) > 1}
+    several += [pod for pod in pods(objects) if pod.owner in scaled]
+    assert len(several) == (1 if overlay == "local" else 2)
+    for pod in several:
+        budgets = [i for i in objects if _is(i, "PodDisruptionBudget") and i["metadata"]["namespace"] == pod.namespace]
+        assert any(b["spec"]["selector"]["matchLabels"].items() <= pod.labels.items() for b in budgets), pod.owner
+        (spread,) = pod.spec["topologySpreadConstraints"]
+        assert spread["labelSelector"]["matchLabels"].items() <= pod.labels.items(), pod.owner
 
 
 def _stranger(namespace: str, labels: dict[str, str] | None = None) -> Pod:
@@ -500,6 +541,7 @@ def test_whoever_deploys_may_ask_kserve_for_its_mode_and_for_nothing_else(overla
             for item in bound
             if item["roleRef"]["name"] == role
             for who in item["subjects"]
+            if _is(who, "ServiceAccount")
         }
         for role in ("haechi-deploy", "haechi-kserve-mode")
     )
