@@ -12,12 +12,14 @@ from api_server import ApiServer
 
 __all__ = ["WITHOUT_SCHEMA", "definitions", "load", "without_schema"]
 
-_CLUSTER_SCOPED = ("ClusterServingRuntime",)
+_CLUSTER_SCOPED = ("ClusterServingRuntime", "ClusterStorageContainer", "GatewayClass")
 # Kinds in the manifests, and of what Pipelines makes, that no schema is at hand for: the server takes anything in their spec.
 WITHOUT_SCHEMA = (
     ("monitoring.coreos.com", "v1", "PodMonitor"),
     ("monitoring.coreos.com", "v1", "PrometheusRule"),
     ("monitoring.coreos.com", "v1", "ServiceMonitor"),
+    ("serving.kserve.io", "v1alpha1", "ClusterStorageContainer"),
+    ("gateway.networking.k8s.io", "v1", "GatewayClass"),
     ("argoproj.io", "v1alpha1", "Application"),
     ("argoproj.io", "v1alpha1", "Workflow"),
     ("kubeflow.org", "v1beta1", "ScheduledWorkflow"),
@@ -88,4 +90,6 @@ def _version(name: str, schema: dict[str, Any], stored: bool) -> dict[str, Any]:
 
 def _plural(kind: str) -> str:
     name = kind.lower()
-    return f"{name[:-1]}ies" if name.endswith("cy") else f"{name}s"
+    if name.endswith("cy"):
+        return f"{name[:-1]}ies"
+    return f"{name}es" if name.endswith("s") else f"{name}s"
