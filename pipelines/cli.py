@@ -223,6 +223,8 @@ def _submit(arguments: Arguments) -> int:
     recurring = bool(arguments.cron or arguments.every)
     if recurring and arguments.wait:
         raise InputError("--wait does not go with --cron or --every", "Leave it out: a schedule has no end.")
+    if arguments.timeout and not arguments.wait:
+        raise InputError("--timeout is for --wait", "Leave it out: nothing is waited for.")
     if arguments.pin and not recurring:
         raise InputError("--pin is for --cron and --every", "Leave it out: a run keeps its version anyway.")
     parameters = run_parameters(arguments.preset, [*arguments.set, *(["retrain=true"] if arguments.no_cache else [])])

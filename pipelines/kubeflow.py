@@ -176,13 +176,18 @@ class Kubeflow:
         self._call(f"{'enable' if enabled else 'disable'} the recurring run {recurring_run_id}", verb, recurring_run_id)
 
     def delete_recurring(self, recurring_run_id: str) -> None:
-        """Delete a recurring run; the runs that it started stay."""
+        """Delete a recurring run, if nobody else has; the runs that it started stay."""
         delete = self._recurring.recurring_run_service_delete_recurring_run
-        self._call(f"delete the recurring run {recurring_run_id}", delete, recurring_run_id)
+        try:
+            self._call(f"delete the recurring run {recurring_run_id}", delete, recurring_run_id)
+        except SubmitError as error:
+            if error.status != 404:
+                raise
 
     def _ask_server(self) -> Server:
         asked = "say its version"
         answer = self._call(asked, self._health.healthz_service_get_healthz, _preload_content=False)
+        moved = answer.retries.history[-1].redirect_location if answer.retries.history else ""
         try:
             told = json.loads(answer.data)
             server = Server(
@@ -194,6 +199,12 @@ class Kubeflow:
                 "Most likely it is the login page: give --token-file (audience pipelines.kubeflow.org), or a session that "
                 "has not ended in KF_PIPELINES_COOKIE; or the path is missing, as in https://<kubeflow>/pipeline.",
             ) from None
+        if moved:
+            # The token is not sent on to another scheme, host or port, and its absence would be told as a refusal.
+            raise SubmitError(
+                f"{self.settings.host} leads to {moved.partition('/apis/')[0]}",
+                "Give that address as --host, if it is yours: a token goes to the address that is given and to no other.",
+            )
         number = re.match(r"v?(\d+)\.(\d+)", server.version)
         if number and (int(number[1]), int(number[2])) < _OLDEST:
             raise SubmitError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from haechi.components.shared.errors import InputError, SettingsError
 __all__ = ["AUDIENCE", "KubeflowSettings"]
 
 AUDIENCE = "pipelines.kubeflow.org"
+_TOKEN = re.compile(r"ey[\w-]+\.[\w-]+\.[\w-]+")  # a JSON Web Token
 # Where a pod finds its token if it projects one with that audience.
 _PROJECTED = "/var/run/secrets/kubeflow/pipelines/token"
 
@@ -50,8 +52,12 @@ class KubeflowSettings:
                 "KF_PIPELINES_COOKIE is not name=value", "Copy name and value of the session cookie from the browser."
             )
         for option, path in (("--token-file", self.token_file), ("--ca-file", self.ca_file)):
-            if path and not os.access(path, os.R_OK):
+            if _TOKEN.fullmatch(path):
+                raise InputError(f"{option} is no file but looks like a token", "Write it to a file and name that.")
+            if path and not (os.access(path, os.R_OK) and Path(path).is_file()):
                 raise InputError(f"{option} {path} cannot be read", "Name a readable file.")
+        _check_header("KF_PIPELINES_COOKIE", self.cookie)
+        _check_header("KF_PIPELINES_TOKEN", self.token)
 
     @classmethod
     def from_env(
@@ -91,14 +97,22 @@ class KubeflowSettings:
         """The token as it is now, or empty.
 
         Raises:
-            InputError: the token file went away.
+            InputError: the token file went away, or holds something else.
         """
         if not self.token_file:
             return self.token
         try:
-            return Path(self.token_file).read_text(encoding="utf-8").strip()
+            token = Path(self.token_file).read_text(encoding="utf-8").strip()
+            _check_header(f"--token-file {self.token_file}", token)
+            return token
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--token-file {self.token_file} cannot be read ({error})", "Write it again.") from error
+
+
+def _check_header(source: str, value: str) -> None:
+    """Refuse what cannot go into a header, without telling it: the HTTP client's own error would."""
+    if not (value.isascii() and value.isprintable()):
+        raise InputError(f"{source} holds more than one line, or other than ASCII", "Give one token and nothing else.")
 
 
 def _check_url(option: str, url: str) -> None:

@@ -88,7 +88,7 @@ def load_preset(name: str) -> dict[str, Any]:
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML ({error})", "Mend the file.") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} is not a mapping of parameters", "Write one `key: value` a line.")
@@ -141,6 +141,7 @@ def check(values: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{where}: {key} is {json.dumps(value, default=str)}, not a {wanted.__name__}",
                 f"Give a {wanted.__name__}.",
             )
+        _check_json(key, value, where)
         pattern, words = _WORDS.get(key, (None, ""))
         if pattern and not pattern.fullmatch(value):
             raise InputError(f"{where}: {key} is {value!r}", f"Give {words}.")
@@ -150,9 +151,21 @@ def check(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return checked
 
 
+def _check_json(key: str, value: Any, where: str) -> None:
+    """Parameters travel as JSON, which knows neither dates nor .nan nor a mapping in itself."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{where}: {key} holds what JSON cannot ({error})", "Quote dates; leave .nan and .inf out."
+        ) from error
+
+
 def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     """Set `a.b.0.c` inside nested mappings and lists, on a copy of what is there."""
     head, *rest = dotted.split(".")
+    if not all(rest):
+        raise InputError(f"--set {dotted}: there is nothing between or after two dots", "Write it as gate.min_boxes=5.")
     if not rest:
         values[head] = value
         return

@@ -97,9 +97,13 @@ def recur(api: Kubeflow, wanted: kfp_server_api.V2beta1RecurringRun) -> tuple[st
         for row in running:
             api.enable_recurring(row.recurring_run_id, True)
         raise
-    for row in known:
-        api.delete_recurring(row.recurring_run_id)
-    return made, "replaced" if known else "created"
+    # Somebody may have done the same at this moment: whoever looks last sees both, and the newest stays.
+    rows = api.recurring_runs(wanted.display_name)
+    kept = max(rows, key=lambda row: (row.created_at, row.recurring_run_id)).recurring_run_id if rows else made
+    for row in rows:
+        if row.recurring_run_id != kept:
+            api.delete_recurring(row.recurring_run_id)
+    return str(kept), "replaced" if known else "created"
 
 
 def _enabled(row: kfp_server_api.V2beta1RecurringRun) -> bool:

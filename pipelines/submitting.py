@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -26,6 +27,9 @@ from .scheduling import Schedule, recur
 __all__ = ["Package", "Submitted", "schedule_training", "shipped_package", "submit_training"]
 
 _DIGEST = 12  # hex digits in a version's name
+_NAME = 128  # characters of a name that the server's tables take
+_PARAMETERS = 120_000  # bytes of parameters: they go to a process as one argument, and Linux takes 128 KiB
+_ACCOUNT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _LOOKS, _PAUSE = 10, 0.5  # seconds between looks for a version that somebody else uploads
 
 
@@ -123,13 +127,14 @@ def submit_training(
         package: the compiled pipeline; None for the one that ships.
 
     Raises:
-        InputError: a parameter that the pipeline has not got.
+        InputError: a parameter that the pipeline has not got, or too many; a name that the server could not keep.
         SubmitError: unreachable, refused or not found, with the remedy.
     """
     package = package or Package.read()
-    _check(parameters, package)
-    version, uploaded = _version(api, package)
     name = run_name or f"{package.name} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
+    _check(parameters, package)
+    _check_names(name, experiment, service_account)
+    version, uploaded = _version(api, package)
     run = kfp_server_api.V2beta1Run(
         display_name=name,
         experiment_id=api.experiment(experiment or package.name),
@@ -167,11 +172,13 @@ def schedule_training(
         package: the compiled pipeline; None for the one that ships.
 
     Raises:
-        InputError: a parameter that the pipeline has not got.
+        InputError: as of `submit_training`.
         SubmitError: as of `submit_training`; or the server has a newer version than this, which it would run instead.
     """
     package = package or Package.read()
+    name = name or f"{package.name}-{parameters.get('name') or package.parameters['name']}"
     _check(parameters, package)
+    _check_names(name, experiment, service_account)
     version, uploaded = _version(api, package)
     newest = version if uploaded else api.versions(version.pipeline_id)[0]
     if not pin and newest.name != version.name:
@@ -180,7 +187,6 @@ def schedule_training(
             f"of {version.name}",
             "Give --pin to stay with this one, delete the newer one in the dashboard, or submit from the newer release.",
         )
-    name = name or f"{package.name}-{parameters.get('name') or package.parameters['name']}"
     wanted = kfp_server_api.V2beta1RecurringRun(
         display_name=name,
         description=f"{schedule}, by haechi submit",
@@ -228,6 +234,26 @@ def _check(parameters: Mapping[str, Any], package: Package) -> None:
                 f"{name!r} is no parameter of the pipeline {package.name}",
                 f"Known: {', '.join(sorted(package.parameters))}.",
             )
+    size = len(json.dumps(dict(parameters)).encode())
+    if size > _PARAMETERS:
+        raise InputError(
+            f"the parameters are {size} bytes, and the pods of Pipelines take {_PARAMETERS}",
+            "Name folders instead of single files in sources and imports.",
+        )
+
+
+def _check_names(name: str, experiment: str, service_account: str) -> None:
+    """Refuse what the server refuses too late: it starts a run whose name does not fit, and then fails to note it."""
+    for option, text in (("--run-name", name), ("--experiment", experiment)):
+        # Its connection to the database takes no characters of four bytes.
+        if text and (len(text) > _NAME or not text.strip() or not text.isprintable() or max(text) > "\uffff"):
+            raise InputError(
+                f"{option} is {text[:_NAME]!r}", f"Give {_NAME} characters at most, printable, in one line, no emoji."
+            )
+    if service_account and not _ACCOUNT.fullmatch(service_account):
+        raise InputError(
+            f"--service-account is {service_account!r}", "Name one: lower-case letters, digits, hyphens and dots."
+        )
 
 
 def _reference(pipeline_id: str, version_id: str) -> kfp_server_api.V2beta1PipelineVersionReference:

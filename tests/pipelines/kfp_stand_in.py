@@ -260,6 +260,7 @@ class KfpStandIn:
         # Numbers are doubles on the wire, and the pods' service account is filled in.
         made = wanted | {"recurring_run_id": self._id("s"), "service_account": "pipeline-runner", "status": "ENABLED"}
         made["runtime_config"] = json.loads(json.dumps(made["runtime_config"]), parse_int=float)
+        made["created_at"] = f"2026-01-01T00:00:{len(self.recurring) % 60:02}Z"
         self.recurring.append(made)
         self._count_enabled()
         return made

@@ -74,6 +74,10 @@ def test_a_dotted_word_changes_one_item_of_a_preset_and_leaves_the_rest() -> Non
         (["classes=fire"], "classes"),
         (["candidates=[]"], "candidates is empty"),
         (["gate=[1"], "not YAML"),
+        (["gate..min_boxes=1"], "two dots"),
+        (["iou=.nan"], "iou holds what JSON cannot"),
+        (["gate=&a {x: *a}"], "gate holds what JSON cannot"),
+        (["sources=[{start: 2024-01-01}]"], "Quote dates"),
         (["candidates.7.epochs=1"], "no item '7'"),
     ],
 )
@@ -88,10 +92,10 @@ def test_a_preset_may_be_a_file_of_ones_own(tmp_path: Path) -> None:
     assert run_parameters(str(file), ["seed=1"]) == {"name": "mine", "classes": ["cat"], "seed": 1}
 
 
-@pytest.mark.parametrize("text", ["- a", "name: [", "nam: x"])
-def test_a_broken_preset_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", [b"- a", b"name: [", b"nam: x", b"\xff\xfe\x00"])
+def test_a_broken_preset_file_is_refused_by_name(tmp_path: Path, text: bytes) -> None:
     file = tmp_path / "broken.yaml"
-    file.write_text(text)
+    file.write_bytes(text)
     with pytest.raises(InputError, match=r"broken\.yaml"):
         load_preset(str(file))
 

@@ -178,6 +178,42 @@ def test_a_parameter_that_the_pipeline_lacks_stops_before_anything_is_sent(api: 
     assert [line for line in api.requests if "healthz" not in line] == []
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"run_name": "two\nlines"}, "--run-name is 'two.nlines'"),
+        ({"run_name": "x" * 129}, "128 characters at most"),
+        ({"run_name": " "}, "--run-name is ' '"),
+        ({"run_name": "fire 😀"}, "no emoji"),
+        ({"experiment": "x" * 129}, "--experiment is"),
+        ({"service_account": "No Such"}, "--service-account is 'No Such'"),
+        (
+            {"parameters": {"sources": [{"uri": "s3://haechi/" + "x" * 120_000}]}},
+            "Name folders instead of single files",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_the_server_would_take_and_then_stumble_over_stops_before_anything_is_sent(
+    given: dict[str, Any], told: str, api: KfpStandIn
+) -> None:
+    server = connect(api)
+    with pytest.raises(InputError, match=told):
+        submit_training(server, **{"parameters": {}, **given})
+    if "run_name" in given:
+        with pytest.raises(InputError, match=told):
+            schedule_training(server, {}, Schedule(seconds=60), name=given["run_name"])
+    assert [line for line in api.requests if "healthz" not in line] == []
+
+
+@pytest.mark.parametrize("name", ["화재 감지 실행", "quo\"te's & <b>", "{{workflow.name}}", "x" * 128])
+def test_names_are_kept_as_they_are_written(name: str, api: KfpStandIn) -> None:
+    submit_training(connect(api), {}, run_name=name, experiment=name)
+    schedule_training(connect(api), {}, Schedule(seconds=60), name=name)
+    assert {row["display_name"] for row in (*api.runs, *api.experiments, *api.recurring)} >= {name}
+    assert schedule_training(connect(api), {}, Schedule(seconds=60), name=name).change == "unchanged"
+
+
 def test_the_servers_own_refusal_is_told_in_its_words(api: KfpStandIn) -> None:
     with pytest.raises(SubmitError, match=r"did not start the run \(400.*input parameter seed requires type") as told:
         submit_training(connect(api), {"seed": "many"})
@@ -250,6 +286,29 @@ def test_what_a_killed_replacement_left_is_mended_by_the_next_submit(api: KfpSta
     done = schedule_training(connect(api), {}, Schedule(seconds=60))
     [row] = api.recurring
     assert (row["recurring_run_id"], row["mode"], done.change) == (done.id, "ENABLE", "replaced")
+
+
+def test_of_two_who_schedule_at_the_same_moment_the_newest_stays(api: KfpStandIn) -> None:
+    server = connect(api)
+    create = server.create_recurring
+
+    def late(wanted: Any) -> str:
+        # The other one's schedule is made between our look and ours, or right after ours.
+        made = [create(wanted)]
+        made.insert(int(first), create(wanted))
+        return made[0]
+
+    for first in (True, False):
+        server.create_recurring = late  # type: ignore[method-assign]
+        done = schedule_training(server, {"name": f"race-{first}"}, Schedule(seconds=3600))
+        [row] = [row for row in api.recurring if row["display_name"] == f"training-race-{first}"]
+        assert (row["recurring_run_id"], row["mode"]) == (done.id, "ENABLE")
+
+
+def test_a_schedule_that_somebody_else_deletes_meanwhile_is_no_error(api: KfpStandIn) -> None:
+    schedule_training(connect(api), {}, Schedule(seconds=3600))
+    api.faults.append(Fault("DELETE", 404, "{}"))
+    assert schedule_training(connect(api), {}, Schedule(seconds=60)).change == "replaced"
 
 
 def test_a_schedule_that_somebody_stopped_goes_on(api: KfpStandIn) -> None:
@@ -375,7 +434,7 @@ def test_a_wait_that_is_over_names_the_run_that_goes_on(api: KfpStandIn) -> None
         watch(server, run.id, [], timeout=0.03, every=0.01)
 
 
-@pytest.mark.parametrize("words", [["--wait", "--every", "6h"], ["--pin"]])
+@pytest.mark.parametrize("words", [["--wait", "--every", "6h"], ["--pin"], ["--timeout", "60"]])
 def test_words_that_do_not_go_together_are_refused(words: list[str], api: KfpStandIn) -> None:
     assert main(["submit", "--host", api.host, *words]) == 2
     assert api.requests == []
@@ -419,6 +478,47 @@ def test_an_upload_that_is_refused_without_a_reason_names_the_likely_one(team: K
     team.faults.append(Fault("upload_version", 400, '{"error_message": "Failed to create a pipeline version"}'))
     with pytest.raises(SubmitError, match="missing rights among them"):
         submit_training(server, {})
+
+
+def test_a_redirection_is_told_with_its_end_instead_of_a_refused_token(
+    team: KfpStandIn, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(301)
+            self.send_header("Location", team.host + self.path)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            """Stay quiet."""
+
+    token = tmp_path / "token"
+    token.write_text(make_token("alice"))
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        host = f"http://127.0.0.1:{server.server_port}"
+        assert main(["submit", "--host", host, "--namespace", "team", "--token-file", str(token)]) == 11
+        server.shutdown()
+        thread.join()
+    assert f"{host} leads to {team.host}. Give that address as --host" in capsys.readouterr().err
+    assert team.requests == ["GET /apis/v2beta1/healthz"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--token", make_token("alice")], ["--token-file", make_token("alice")], ["--token-file", "{two}"]],
+    ids=["abbreviated", "instead of a file", "two lines"],
+)
+def test_a_token_in_the_wrong_place_is_never_told(
+    words: list[str], team: KfpStandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "two").write_text(f"{make_token('alice')}\nother\n")
+    words = [word.replace("{two}", str(tmp_path / "two")) for word in words]
+    assert main(["submit", "--host", team.host, "--namespace", "team", *words]) == 2
+    out = capsys.readouterr()
+    assert make_token("alice").split(".")[1] not in out.out + out.err
+    assert team.runs == []
 
 
 def test_a_projected_token_is_read_anew_at_each_call(team: KfpStandIn, tmp_path: Path) -> None:
@@ -517,6 +617,9 @@ def test_a_certificate_that_nobody_knows_is_told_and_taken_with_its_authority(ht
         ({"host": "http://a", "namespace": ""}, "--namespace is empty"),
         ({"host": "http://a", "token_file": "/nowhere"}, "--token-file /nowhere cannot be read"),
         ({"host": "http://a", "ca_file": "/nowhere"}, "--ca-file /nowhere cannot be read"),
+        ({"host": "http://a", "ca_file": "/"}, "--ca-file / cannot be read"),
+        ({"host": "http://a", "token": "secret\nsecret"}, "KF_PIPELINES_TOKEN holds more than one line"),
+        ({"host": "http://a", "cookie": "a=secret\r\nX: y"}, "KF_PIPELINES_COOKIE holds more than one line"),
     ],
 )
 def test_settings_that_cannot_be_are_named(given: dict[str, str], told: str) -> None:
