@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import signal
 import socket
 import sys
@@ -37,7 +38,11 @@ def settings_of(workdir: Path) -> Iterator[Settings]:
         yield settings
         return
     with services(workdir) as started:
-        yield started.settings()
+        yield replace(
+            started.settings(),
+            git_credentials=settings.git_credentials,
+            endpoint_credentials=settings.endpoint_credentials,
+        )
 
 
 def promote(
@@ -217,7 +222,8 @@ def _leave(number: int, frame: object) -> NoReturn:
 
 
 def _bringer(settings: Settings, target: Target | None, rollout: Rollout | None, patience: Patience | None) -> Bringer:
-    owner = f"{getpass.getuser()}@{socket.gethostname()}"
+    # With the process: another one of the same person is another one.
+    owner = f"{getpass.getuser()}@{socket.gethostname()} ({os.getpid()})"
     return Bringer(settings, target or Target(), owner, rollout or Rollout(), patience or Patience())
 
 

@@ -55,6 +55,7 @@ PARAMETERS: dict[str, type] = {
     "mlflow_secret": str,
     "roboflow_secret": str,
     "git_secret": str,
+    "endpoint_secret": str,
 }
 
 # What the cluster would refuse only when the step's turn comes, hours into a run: name → what is right, and in words.

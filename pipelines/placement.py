@@ -7,9 +7,9 @@ from typing import Any
 
 from kfp import dsl, kubernetes
 
-from haechi.components.shared.settings import GIT_CREDENTIALS
+from haechi.components.shared.settings import ENDPOINT_CREDENTIALS, GIT_CREDENTIALS
 
-__all__ = ["on_cluster", "on_gpu", "with_git", "with_requests", "with_roboflow"]
+__all__ = ["on_cluster", "on_gpu", "with_endpoint", "with_git", "with_requests", "with_roboflow"]
 
 _SETTINGS = ("HAECHI_S3_ENDPOINT", "HAECHI_S3_REGION", "HAECHI_BUCKET", "MLFLOW_TRACKING_URI")
 _CREDENTIALS = {"access_key": "HAECHI_S3_ACCESS_KEY", "secret_key": "HAECHI_S3_SECRET_KEY"}
@@ -101,3 +101,8 @@ def with_roboflow(task: dsl.PipelineTask, secret: Any) -> dsl.PipelineTask:
 def with_git(task: dsl.PipelineTask, secret: Any) -> dsl.PipelineTask:
     """Let a task push to a Git repository where the cluster has a Secret for it; its keys become files."""
     return kubernetes.use_secret_as_volume(task, secret, mount_path=GIT_CREDENTIALS, optional=True)
+
+
+def with_endpoint(task: dsl.PipelineTask, secret: Any) -> dsl.PipelineTask:
+    """Let a task ask guarded serving runtimes where the cluster has a Secret with `api_key` or `token`, as files."""
+    return kubernetes.use_secret_as_volume(task, secret, mount_path=ENDPOINT_CREDENTIALS, optional=True)

@@ -13,7 +13,7 @@ from haechi.components.label.component import label
 from haechi.components.resolve.component import resolve
 from haechi.components.train.component import train
 
-from .placement import on_cluster, on_gpu, with_git, with_requests, with_roboflow
+from .placement import on_cluster, on_gpu, with_endpoint, with_git, with_requests, with_roboflow
 
 __all__ = ["training"]
 
@@ -59,6 +59,7 @@ def training(
     mlflow_secret: str = "haechi-mlflow",  # noqa: S107
     roboflow_secret: str = "haechi-roboflow",  # noqa: S107
     git_secret: str = "haechi-git",  # noqa: S107
+    endpoint_secret: str = "haechi-endpoint",  # noqa: S107
 ) -> str:
     """Turn the flywheel once.
 
@@ -99,6 +100,7 @@ def training(
         mlflow_secret: Secret with MLflow's `username` and `password`, or `token`; needed only where MLflow asks.
         roboflow_secret: Secret with the key `api_key`; needed only where an import is a Roboflow project.
         git_secret: Secret with `username` and `password`, or `ssh-privatekey` and `known_hosts`; needed only for a target git:.
+        endpoint_secret: Secret with `api_key` or `token` of the role `predict`; needed only where runtimes ask who calls.
 
     Returns:
         `promote`, `refuse` or `not_enough_data`.
@@ -190,7 +192,7 @@ def training(
             rollout=rollout,
             run_id=run_id,
         )
-        with_git(on_cluster(deployed, *steps), git_secret)
+        with_endpoint(with_git(on_cluster(deployed, *steps), git_secret), endpoint_secret)
     with dsl.Else():
         refused = on_cluster(refuse(onnx_model=onnx_model, verdict=verdict, name=name, run_id=run_id), *steps)
     # If neither branch ran (a condition that failed to evaluate), OneOf makes that an error instead of a success.

@@ -16,7 +16,9 @@ from haechi.components.shared.images import decode
 from haechi.components.shared.model_folder import GOLDEN_CONF, GoldenImage, read_golden
 from haechi.components.shared.parity import Agreement, Tolerance, agree, compare
 
-__all__ = ["Endpoint", "Unanswered", "check_golden_at", "disagreement"]
+from .credential import REMEDY, Credential
+
+__all__ = ["Denied", "Endpoint", "Unanswered", "check_golden_at", "disagreement"]
 
 _TIMEOUT = (5, 30)  # seconds to connect, and to wait for an answer
 _TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
@@ -29,6 +31,10 @@ class Unanswered(DeployError):
     """The model's address gave no answer, or one that is none of ours."""
 
 
+class Denied(DeployError):
+    """The model's address does not know us, or does not let us ask: nothing is said of the model."""
+
+
 class Endpoint:
     """One predictor's Service.
 
@@ -36,10 +42,22 @@ class Endpoint:
         url: of the Service, such as http://safety-predictor.models.svc.
         model: what it serves its model as: the name of the InferenceService.
         settle: seconds for which a connection that fails or a 503 is tried again (a new Service takes some).
+        credential: what it knows us by, where it asks.
+
+    Raises:
+        Denied: from the methods, it refuses us.
     """
 
-    def __init__(self, url: str, model: str, settle: float = 30.0) -> None:
+    def __init__(self, url: str, model: str, settle: float = 30.0, credential: Credential | None = None) -> None:
         self.url, self._model, self._settle = url, model, settle
+        self._credential = credential or Credential()
+
+    def check_known(self) -> None:
+        """Let it refuse us now, if it will; whatever else it answers is no matter here."""
+        try:
+            self._ask("GET", f"/v2/models/{self._model}", patient=False)
+        except Unanswered:
+            return
 
     def detect(self, image: GoldenImage) -> tuple[Detections, str]:
         """The boxes that it finds in a golden image, at the golden limits, and the version that answered.
@@ -70,24 +88,46 @@ class Endpoint:
         """
         return str(self._ask("GET", "/metrics").text)
 
-    def _ask(self, verb: str, path: str, body: bytes | None = None, kind: str = "") -> requests.Response:
+    def _ask(
+        self, verb: str, path: str, body: bytes | None = None, kind: str = "", patient: bool = True
+    ) -> requests.Response:
         end, headers = time.monotonic() + self._settle, _HEADERS | ({"content-type": kind} if kind else {})
         while True:
             try:
-                # No session: each request may meet another pod.
-                answer = requests.request(verb, self.url + path, data=body, headers=headers, timeout=_TIMEOUT)
+                answer = self._send(verb, path, body, headers)
                 if answer.status_code == 200:
                     return answer
+                if answer.status_code in (401, 403):
+                    raise self._denied(answer)
                 problem = f"answered {answer.status_code}: {_reason(answer)}"
                 passing = answer.status_code == 503
             except requests.RequestException as error:
                 problem, passing = f"cannot be reached ({error})", True
-            if not passing or time.monotonic() > end:
+            if not passing or not patient or time.monotonic() > end:
                 raise Unanswered(
                     f"{self.url} {problem}",
                     "Look at the predictor pod's log, and whether a network policy lets this pod reach it.",
                 )
             time.sleep(min(1.0, self._settle / 10))
+
+    def _send(self, verb: str, path: str, body: bytes | None, headers: dict[str, str]) -> requests.Response:
+        # No session: each request may meet another pod. No redirects: another address is not to see the key.
+        return requests.request(
+            verb,
+            self.url + path,
+            data=body,
+            headers=headers,
+            auth=self._credential,
+            timeout=_TIMEOUT,
+            allow_redirects=False,
+        )
+
+    def _denied(self, answer: requests.Response) -> Denied:
+        names = " and ".join(self._credential.headers()) or "no key or token"
+        return Denied(
+            f"{self.url} answered {answer.status_code} ({_reason(answer)}); {names} was sent",
+            REMEDY.format(folder=self._credential.folder),
+        )
 
 
 def check_golden_at(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.parity import Agreement
 
+from .credential import Credential
 from .endpoint import Endpoint, check_golden_at
 from .inference_service import MODE, TAG_ROUTING, Patience, bare, manifest, persist, wait
 from .kubernetes_api import InferenceServiceApi
@@ -33,6 +34,7 @@ class Job:
         model, folder: the model folder, whose golden images are asked for.
         uri: its `storageUri`.
         rollout, patience: the settings.
+        credential: what runtimes know us by.
     """
 
     api: InferenceServiceApi
@@ -42,6 +44,7 @@ class Job:
     uri: str
     rollout: Rollout
     patience: Patience
+    credential: Credential = field(default_factory=Credential)
 
     def state(self, phase: str, strategy: str, **more: Any) -> RolloutState:
         """The rollout of this job in a phase that begins now."""
@@ -93,4 +96,5 @@ class Job:
     def endpoint(self, service: str, model: str = "") -> Endpoint:
         """A predictor's Service; it serves under the InferenceService's name."""
         settle = min(30.0, self.patience.timeout / 10)
-        return Endpoint(self.rollout.url(self.api.namespace, service), model or self.api.name, settle)
+        url = self.rollout.url(self.api.namespace, service)
+        return Endpoint(url, model or self.api.name, settle, self.credential)

@@ -99,6 +99,9 @@ def _begin(job: Job, found: dict[str, Any] | None) -> str:
     name = str(found["spec"]["predictor"].get("name") or "")
     refuse_canary(job.api, found)
     _would_take(job, name)
+    if job.rollout.strategy != "rolling":
+        # A key that is missing would be told after the new pods' start otherwise.
+        job.endpoint(predictor_name(job.api.name, name)).check_known()
     choice = choose(job, found, job.state("canary", "canary", former=former, former_name=name))
     state = job.state("canary", choice.strategy, former=former, former_name=name)
     if choice.why:

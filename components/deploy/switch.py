@@ -9,6 +9,7 @@ from pathlib import Path
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.storage import Store
 
+from .credential import Credential
 from .directory import place
 from .git_target import commit
 from .inference_service import Patience
@@ -56,11 +57,12 @@ def held(
         yield lambda model, folder: _switch(target, store, model, {**evidence, "Deployed-by": owner})
         return
     api = InferenceServiceApi(target.namespace, target.name)
+    credential = Credential(Path(store.settings.endpoint_credentials))
     with Lease(api, owner, patience.lease, take_over) as lease:
 
         def switch(model: ModelFolder, folder: Path) -> None:
             uri = store.uri(model_prefix(model.name, model.version)).rstrip("/")
-            swap(Job(api, lease, model, folder, uri, rollout, patience))
+            swap(Job(api, lease, model, folder, uri, rollout, patience, credential))
 
         yield switch
 

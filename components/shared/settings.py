@@ -14,9 +14,11 @@ from urllib.parse import urlsplit
 
 from .errors import SettingsError
 
-__all__ = ["GIT_CREDENTIALS", "Settings"]
+__all__ = ["ENDPOINT_CREDENTIALS", "GIT_CREDENTIALS", "Settings"]
 
-GIT_CREDENTIALS = "/etc/haechi/git"  # where the pipeline mounts its Secret
+# Where the pipeline mounts its Secrets.
+GIT_CREDENTIALS = "/etc/haechi/git"
+ENDPOINT_CREDENTIALS = "/etc/haechi/endpoint"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Settings:
         roboflow_api_key: key for imports from Roboflow; empty where none are made. Never printed.
         git_credentials: folder with `username` and `password`, or `ssh-privatekey` and `known_hosts`, for the target
             `git:`; it need not exist.
+        endpoint_credentials: folder with `api_key` or `token`, for a serving runtime that asks who calls; it need not
+            exist.
     """
 
     s3_endpoint: str = ""
@@ -48,6 +52,7 @@ class Settings:
     threads: int = 0
     roboflow_api_key: str = field(default="", repr=False)
     git_credentials: str = GIT_CREDENTIALS
+    endpoint_credentials: str = ENDPOINT_CREDENTIALS
 
     def __post_init__(self) -> None:
         if self.s3_endpoint:
@@ -78,6 +83,7 @@ class Settings:
             threads=_integer(env, "HAECHI_THREADS", 0),
             roboflow_api_key=env.get("ROBOFLOW_API_KEY", ""),
             git_credentials=env.get("HAECHI_GIT_CREDENTIALS") or GIT_CREDENTIALS,
+            endpoint_credentials=env.get("HAECHI_ENDPOINT_CREDENTIALS") or ENDPOINT_CREDENTIALS,
         )
 
     def to_env(self) -> dict[str, str]:
@@ -94,6 +100,7 @@ class Settings:
             "HAECHI_THREADS": str(self.threads),
             "ROBOFLOW_API_KEY": self.roboflow_api_key,
             "HAECHI_GIT_CREDENTIALS": self.git_credentials,
+            "HAECHI_ENDPOINT_CREDENTIALS": self.endpoint_credentials,
         }
 
     @property

@@ -21,6 +21,7 @@ FULL = {
     "HAECHI_THREADS": "2",
     "ROBOFLOW_API_KEY": "rf-s3cr3t",
     "HAECHI_GIT_CREDENTIALS": "/run/git",
+    "HAECHI_ENDPOINT_CREDENTIALS": "/run/endpoint",
 }
 
 

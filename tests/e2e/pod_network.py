@@ -19,6 +19,8 @@ from kserve_stand_in import KserveStandIn
 
 __all__ = ["PodNetwork"]
 
+_KEPT = ("content-type", "authorization", "x-api-key")
+
 
 class PodNetwork:
     """A reverse proxy on loopback.
@@ -94,7 +96,7 @@ def _handler(network: PodNetwork) -> type[http.server.BaseHTTPRequestHandler]:
 
         def _answer(self, verb: str) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            kept = {key: value for key, value in self.headers.items() if key.lower() in ("content-type",)}
+            kept = {key: value for key, value in self.headers.items() if key.lower() in _KEPT}
             status, kind, data = network.answer(verb, self.path, kept, body)
             self.send_response(status)
             self.send_header("Content-Type", kind)

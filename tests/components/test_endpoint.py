@@ -1,0 +1,143 @@
+"""Asking a model's address: a guarded runtime, its keys, and answers that are none; against the real runtime."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_model_folder
+
+from haechi.components.deploy.credential import Credential
+from haechi.components.deploy.endpoint import Denied, Endpoint, Unanswered, check_golden_at
+from haechi.components.shared.errors import SettingsError
+from haechi.serving.api_keys import new_key
+from haechi.serving.service import Role
+from tests.serving_process import Running, running
+
+KEY, LINE = new_key("deploy", [Role.PREDICT])
+ADMIN, ADMIN_LINE = new_key("operator", [Role.ADMIN])
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, Path]]:
+    """A runtime that wants a key, and its model's folder."""
+    root = tmp_path_factory.mktemp("guarded")
+    tiny_model_folder(root / "model", ["person"], name="entrance")
+    (root / "keys.jsonl").write_text(f"{LINE}\n{ADMIN_LINE}\n")
+    env = {"HAECHI_SERVING_API_KEYS": str(root / "keys.jsonl")}
+    with running(root / "model", "--name", "entrance", env=env) as server:
+        yield server, root / "model"
+
+
+def credential(folder: Path, **files: str) -> Credential:
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return Credential(folder)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{"api_key": KEY}, {"token": KEY}, {"api_key": f"{KEY}\n"}, {"api_key": "wrong", "token": KEY}, {"api_key": ADMIN}],
+    ids=["a key", "as a token", "with a newline", "the token counts", "an administrator"],
+)
+def test_a_guarded_runtime_is_asked_with_what_the_folder_holds(
+    guarded: tuple[Running, Path], tmp_path: Path, files: dict[str, str]
+) -> None:
+    server, folder = guarded
+    endpoint = Endpoint(server.url, "entrance", 0.1, credential(tmp_path, **files))
+    endpoint.check_known()
+    assert check_golden_at(endpoint, folder, server.version).ok
+    assert "haechi_requests_total" in endpoint.metrics()
+
+
+@pytest.mark.parametrize(
+    ("files", "sent"),
+    [
+        ({}, "no key or token was sent"),
+        ({"api_key": "haechi_wrong"}, "X-API-Key was sent"),
+        ({"token": "haechi_wrong"}, "Authorization was sent"),
+    ],
+)
+def test_a_runtime_that_does_not_know_us_is_named_with_the_setting_and_never_with_the_key(
+    guarded: tuple[Running, Path], tmp_path: Path, files: dict[str, str], sent: str
+) -> None:
+    server, folder = guarded
+    endpoint = Endpoint(server.url, "entrance", 5.0, credential(tmp_path, **files))
+    for ask in (endpoint.check_known, endpoint.metrics, lambda: check_golden_at(endpoint, folder, server.version)):
+        with pytest.raises(Denied, match=rf"{server.url} answered 401 \(.*\); {sent}") as caught:
+            ask()
+        assert "wrong" not in str(caught.value)
+        for word in ("`predict`", str(tmp_path), "haechi-endpoint", "HAECHI_ENDPOINT_CREDENTIALS"):
+            assert word in caught.value.remedy
+
+
+def test_a_key_that_is_rotated_counts_with_the_next_question(guarded: tuple[Running, Path], tmp_path: Path) -> None:
+    endpoint = Endpoint(guarded[0].url, "entrance", 0.1, credential(tmp_path, api_key="haechi_old"))
+    with pytest.raises(Denied):
+        endpoint.check_known()
+    (tmp_path / "api_key").write_text(KEY)
+    endpoint.check_known()
+
+
+@pytest.mark.parametrize("text", ["", " \n", "two words", "a\nb", "schlüssel", "x" * 9000])
+def test_a_file_that_is_no_key_is_named_without_its_text(tmp_path: Path, text: str) -> None:
+    found = credential(tmp_path, api_key=text)
+    with pytest.raises(SettingsError, match="api_key is not one key or token") as caught:
+        found.headers()
+    assert text.strip() == "" or text not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(b"\xff\xfe")
+    with pytest.raises(SettingsError, match=r"token cannot be read \(it is not text\)"):
+        Credential(tmp_path).headers()
+    assert Credential(tmp_path / "nowhere").headers() == {}
+
+
+@contextmanager
+def answering(status: int, headers: dict[str, str], seen: list[dict[str, str]]) -> Iterator[str]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(dict(self.headers.items()))
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Keep the tests' output clean."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_key_does_not_follow_a_redirect_and_a_netrc_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login someone password else\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    there: list[dict[str, str]] = []
+    here: list[dict[str, str]] = []
+    with answering(200, {}, there) as other, answering(307, {"Location": f"{other}/metrics"}, here) as url:
+        endpoint = Endpoint(url, "entrance", 0.1, credential(tmp_path, token="mine"))
+        with pytest.raises(Unanswered, match="answered 307"):
+            endpoint.metrics()
+    assert [headers["Authorization"] for headers in here] == ["Bearer mine"]
+    assert not there
+
+
+def test_a_403_says_which_role_is_wanted(tmp_path: Path) -> None:
+    with answering(403, {}, []) as url:
+        endpoint = Endpoint(url, "entrance", 0.1, credential(tmp_path, token="mine"))
+        with pytest.raises(Denied, match="answered 403") as caught:
+            endpoint.check_known()
+        assert "role `predict`" in caught.value.remedy
