@@ -26,6 +26,7 @@ def _commands(name: str) -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
+READMES = ("README.md", "README.ko.md")
 COMMANDS = [*_commands("README.md"), *_commands("docs/realdata.md")]
 
 
@@ -60,8 +61,22 @@ def test_a_curl_command_is_answered(line: str, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["predictions"][0]["width"] == 160
 
 
+@pytest.mark.parametrize("name", READMES)
+def test_the_table_of_verbs_is_that_of_the_command_line(name: str) -> None:
+    rows = re.findall(r"^\| (`[a-z`, ]+`) \| (.+) \|$", (ROOT / name).read_text(), re.M)
+    listed = [verb for cell, _ in rows for verb in re.findall(r"`(\w+)`", cell)]
+    assert listed == list(cli.VERBS)
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_its_links_exist_and_lead_to_the_cluster_pages(name: str) -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / name).read_text())
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+    assert {f"docs/{page}.md" for page in ("cluster", "submitting", "deploying", "doctor", "runbooks")} <= set(links)
+
+
 def test_no_command_is_left_untested() -> None:
-    known = re.compile(r"make |\.venv/bin/haechi |kubectl apply |kubectl create secret |curl ")
+    known = re.compile(r"make |\.venv/bin/haechi |kubectl apply |curl ")
     assert [line for line in COMMANDS if not known.match(line)] == []
 
 
