@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -75,6 +77,28 @@ def test_a_kustomization_is_applied_twice_without_a_change(cluster: ApiServer, f
     mine = yaml.safe_dump_all([entry for entry in rendered if entry["kind"] != "Namespace"])
     done = cluster.kubectl("delete", "--wait=false", "--filename=-", given=mine)
     assert done.returncode == 0, done.stderr
+
+
+def test_secrets_of_filled_in_examples_are_applied(cluster: ApiServer, tmp_path: Path) -> None:
+    for name in ("kubeflow", "haechi-serving", "mlflow", "haechi-review"):
+        cluster.make_namespace(name)
+    for path in (ROOT / "manifests/examples/secrets").iterdir():
+        text = re.sub(r"=$", "=filled-in", path.read_text(), flags=re.M)
+        (tmp_path / path.name.removesuffix(".example")).write_text(text)
+    done = cluster.kubectl("apply", "-k", str(tmp_path), "--output=json")
+    assert done.returncode == 0, done.stderr
+    made = _objects(done.stdout)
+    assert {base64.b64decode(value) for item in made for value in item["data"].values()} <= {b"filled-in", b"mlflow"}
+    assert cluster.kubectl("delete", "-k", str(tmp_path)).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["argocd/application.yaml", "inferenceservice-operations.yaml"])
+def test_an_example_is_applied(cluster: ApiServer, name: str) -> None:
+    path = ROOT / "manifests/examples" / name
+    cluster.make_namespace(yaml.safe_load(path.read_text())["metadata"]["namespace"])
+    done = cluster.kubectl("apply", "--server-side", "--field-manager=operations", f"--filename={path}")
+    assert done.returncode == 0, done.stderr
+    assert cluster.kubectl("delete", f"--filename={path}").returncode == 0
 
 
 def _objects(text: str) -> list[dict[str, Any]]:
