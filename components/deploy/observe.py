@@ -53,7 +53,9 @@ def observe(target: Target, credentials: Path) -> Served:
     """
     if target.kind == "dir":
         link = Path(target.path) / "current"
-        return Served(link.readlink().name if link.is_symlink() else "")
+        if link.is_symlink() and link.exists():
+            return Served(link.readlink().name)
+        return Served(ready=False, waits="current names a folder that is gone" if link.is_symlink() else "nothing yet")
     if target.kind == "git":
         return Served(named_version(target.repository, target.branch, target.path, credentials))
     if target.kind == "kserve":

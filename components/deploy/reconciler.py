@@ -1,30 +1,34 @@
 """The reconciler: whatever MLflow's alias `champion` names is what a target serves, after the same checks as any deploy.
 
 A person sets the alias in MLflow's own page, or with `haechi promote`; the next round follows. While a pipeline deploys,
-the target is its: it moves the alias itself before it lets go. A champion that fails its checks is not tried again until
-the alias changes; the target goes on with the former model, and the version's tag `haechi.reconciler` says why.
+the target is its: it moves the alias itself before it lets go. A champion that was tried and withdrawn is not tried again
+until the alias changes: tags of its version in MLflow keep that, so a reconciler that is started again knows it too. What
+fails without a word on the model (a right, the network, a full disk; all that can fail at `dir:` and `git:`) is tried in
+each round.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from haechi.components.shared.errors import DeployError, DeployRefused, HaechiError
+from haechi.components.shared.errors import DeployError, HaechiError
 from haechi.components.shared.progress import say
 from haechi.components.shared.tracking import RegisteredVersion, Tracker
 
 from .bring import Bringer
-from .kubernetes_api import Away
-from .lease import Busy, LeaseLost
 from .observe import Served, observe
 from .registry import FORMER
+from .target import Target
 
 __all__ = ["SITUATION", "Pair", "Reconciler"]
 
 SITUATION = "haechi.reconciler"  # tag of a registered version: what became of it
+_NOT_NOW = "cannot be followed now"
+_REASON_LENGTH = 500
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Reconciler:
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self._pairs = pairs
-        self._failed: dict[str, str] = {}  # model → version that its target refused, for targets that keep no state
+        self._seen: dict[tuple[str, Target], str] = {}  # the champion of the last round
         self._said: dict[str, str] = {}
 
     def run(self, every: float, stop: Callable[[], bool] = lambda: False) -> None:
@@ -60,7 +64,7 @@ class Reconciler:
             try:
                 sentence = self._follow(pair)
             except HaechiError as error:
-                sentence = f"cannot be followed now: {error}"
+                sentence = f"{_NOT_NOW}: {error}"
             if self._said.get(pair.name) != sentence:
                 say(f"{pair.name}: {sentence}")
             told[pair.name] = self._said[pair.name] = sentence
@@ -76,28 +80,29 @@ class Reconciler:
             return (
                 f"the champion is MLflow's version {champion.number}, which Haechi did not register; nothing is changed"
             )
+        self._forgive_others(tracker, pair, champion.version)
         served = observe(bringer.target, Path(bringer.settings.git_credentials))
         if served.holder and served.holder != bringer.owner:
             return f"{served.holder} is deploying; waiting until that has ended"
         if served.version == champion.version and not served.canary and not served.state.under_way:
-            self._failed.pop(name, None)
             return f"champion {champion.version} is what the target names"
-        reason = self._failure(name, champion.version, served)
-        if reason:
-            return f"champion {champion.version} failed and is not tried again until the alias changes: {reason}"
-        return self._bring(tracker, pair, champion, served)
+        reason = champion.tags.get(_failed_at(bringer.target), "")
+        return _failed(champion.version, reason) if reason else self._bring(tracker, pair, champion, served)
 
-    def _failure(self, name: str, version: str, served: Served) -> str:
-        """Why this champion was refused before; empty where it was not."""
-        if self._failed.get(name, version) != version:
-            del self._failed[name]
-        if served.state.phase == "failed" and served.state.version == version:
-            return served.state.reason
-        return "as said" if name in self._failed else ""
+    def _forgive_others(self, tracker: Tracker, pair: Pair, version: str) -> None:
+        """Once the alias has left a champion that failed, that one may come back and is tried."""
+        target = pair.bringer.target
+        if self._seen.get((pair.name, target)) == version:
+            return
+        for other in tracker.versions(pair.name):
+            if other.version != version and other.tags.get(_failed_at(target)):
+                tracker.tag_version(pair.name, other.number, {_failed_at(target): ""})
+        self._seen[pair.name, target] = version
 
     def _bring(self, tracker: Tracker, pair: Pair, champion: RegisteredVersion, served: Served) -> str:
         name, version = pair.name, champion.version
-        say(f"{name}: the champion is {version}, the target names {served.version or 'none'}; following")
+        if not self._said.get(name, "").startswith(_NOT_NOW):
+            say(f"{name}: the champion is {version}, the target names {served.version or 'none'}; following")
 
         def still() -> bool:
             now = tracker.alias(name, "champion")
@@ -112,10 +117,29 @@ class Reconciler:
 
         try:
             wanted = pair.bringer.bring(name, champion, still, note, {"Ordered-by": "alias champion"})
-        except (Busy, LeaseLost, Away):
-            raise  # the next round sees how it ended
-        except (DeployError, DeployRefused) as error:
-            self._failed[name] = version
-            tracker.tag_version(name, champion.number, {SITUATION: f"failed: {error.problem}"[:500]})
-            return f"champion {version} failed and is not tried again until the alias changes: {error}"
+        except DeployError as error:
+            if not _was_withdrawn(pair.bringer, version, served):
+                raise  # the next round sees how it ended, or tries again
+            reason = error.problem[:_REASON_LENGTH]
+            told = {SITUATION: f"failed: {reason}", _failed_at(pair.bringer.target): reason}
+            tracker.tag_version(name, champion.number, told)
+            return _failed(version, str(error))
         return f"champion {version} serves" if wanted else "the alias changed meanwhile; the next round follows it"
+
+
+def _failed(version: str, reason: str) -> str:
+    return f"champion {version} failed and is not tried again until the alias changes: {reason}"
+
+
+def _failed_at(target: Target) -> str:
+    """The tag of a version that tells why this target does not take it; MLflow's keys do not take a target itself."""
+    return f"haechi.failed.{hashlib.sha256(str(target).encode()).hexdigest()[:8]}"
+
+
+def _was_withdrawn(bringer: Bringer, version: str, before: Served) -> bool:
+    """Whether the target itself tells of a failed rollout of this version, and did not before."""
+    try:
+        state = observe(bringer.target, Path(bringer.settings.git_credentials)).state
+    except HaechiError:
+        return False
+    return (state.phase, state.version) == ("failed", version) and state != before.state

@@ -1,0 +1,250 @@
+"""promote, rollback, status and reconcile on folders and Git repositories: real store, real MLflow, real files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import tiny_model_folder
+
+from haechi.components.deploy.publish import model_prefix, publish
+from haechi.components.deploy.target import Target
+from haechi.components.shared.errors import DeployError, HaechiError, InputError, IntegrityError, ModelError
+from haechi.components.shared.model_folder import ModelFolder
+from haechi.components.shared.settings import Settings
+from haechi.components.shared.storage import Store
+from haechi.components.shared.tracking import Tracker
+from haechi.pipelines import operations
+from haechi.pipelines.cli import main
+from haechi.pipelines.services import down, up
+
+NAMES = ("first", "second", "third")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three models without a name yet."""
+    root = tmp_path_factory.mktemp("models")
+    for shift, name in enumerate(NAMES):
+        tiny_model_folder(root / name, ["person"], name="entrance", shift=shift)
+    return {name: root / name for name in NAMES}
+
+
+@dataclass
+class World:
+    """Registered models called `name`, of which the first one is the champion and serves."""
+
+    settings: Settings
+    name: str
+    versions: dict[str, str]
+    root: Path
+    target: Target
+
+    def promote(self, which: str, **options: Any) -> dict[str, Any]:
+        return operations.promote(self.settings, self.name, self.versions[which][:8], self.target, **options)
+
+    def rollback(self) -> dict[str, Any]:
+        return operations.rollback(self.settings, self.name, self.target)
+
+    def round(self) -> str:
+        """One round of a reconciler that was just started."""
+        return operations.reconcile(self.settings, [(self.name, self.target)], 0)[self.name]
+
+    def champion_is(self, which: str) -> None:
+        tracker = Tracker(self.settings)
+        (found,) = tracker.versions(self.name, self.versions[which])
+        tracker.set_alias(self.name, "champion", found.number)
+
+    def at(self) -> tuple[str, str]:
+        """What the target names, and whom MLflow calls champion."""
+        found = operations.status(self.settings, self.name, self.target)
+        names = {version: name for name, version in self.versions.items()} | {"": ""}
+        return names[found["served"]["version"]], names[found["champion"]]
+
+
+def register(settings: Settings, name: str, folders: dict[str, Path]) -> dict[str, str]:
+    store, versions = Store(settings), {}
+    for which, folder in folders.items():
+        model = replace(ModelFolder.load(folder), name=name)
+        model.write(folder)
+        publish(store, model, folder)
+        Tracker(settings).register(name, model.version, store.uri(model_prefix(name, model.version)), "", {})
+        versions[which] = model.version
+    return versions
+
+
+def in_a_folder(tmp_path: Path) -> Target:
+    return Target("dir", path=str(tmp_path / "served"))
+
+
+def in_git(tmp_path: Path) -> Target:
+    bare, work = tmp_path / "bare.git", tmp_path / "work"
+    who = ["git", "-c", "user.name=someone", "-c", "user.email=someone@localhost", "-C"]
+    subprocess.run(["git", "init", "--quiet", "--bare", "--initial-branch=main", bare], check=True)
+    subprocess.run(["git", "clone", "--quiet", bare, work], check=True, capture_output=True)
+    subprocess.run([*who, work, "commit", "--quiet", "--allow-empty", "-m", "begin"], check=True)
+    subprocess.run([*who, work, "push", "--quiet", "origin", "HEAD:main"], check=True)
+    return Target("git", repository=str(bare), branch="main", path="entrance.yaml")
+
+
+@pytest.fixture
+def world(
+    request: pytest.FixtureRequest,
+    settings: Settings,
+    store: Store,
+    mlflow_uri: str,
+    folders: dict[str, Path],
+    tmp_path: Path,
+) -> World:
+    made: Callable[[Path], Target] = getattr(request, "param", in_a_folder)
+    settings = replace(settings, mlflow_tracking_uri=mlflow_uri)
+    name = f"entrance-{uuid.uuid4().hex[:8]}"
+    world = World(settings, name, register(settings, name, folders), tmp_path, made(tmp_path))
+    world.promote("first")
+    assert world.at() == ("first", "first")
+    return world
+
+
+both = pytest.mark.parametrize("world", [in_a_folder, in_git], indirect=True)
+
+
+@both
+def test_promote_and_rollback_move_target_and_alias_together(world: World) -> None:
+    done = world.promote("second")
+    assert (done["former"], done["target"]) == (world.versions["first"], str(world.target))
+    assert world.at() == ("second", "second")
+    assert world.rollback()["version"] == world.versions["first"]
+    assert world.at() == ("first", "first")
+    with pytest.raises(InputError, match=r"no champion of .* before"):
+        world.rollback()
+    assert world.at() == ("first", "first")
+
+
+@both
+def test_an_alias_that_a_person_moves_is_followed(world: World) -> None:
+    assert world.round() == f"champion {world.versions['first']} is what the target names"
+    world.champion_is("third")
+    assert world.round() == f"champion {world.versions['third']} serves"
+    assert world.at() == ("third", "third")
+    assert world.rollback()["version"] == world.versions["first"]
+
+
+def no_folder_in_the_store(world: World) -> type[HaechiError]:
+    store, prefix = Store(world.settings), model_prefix(world.name, world.versions["second"])
+    store.remove(f"{prefix}model.json")
+    return ModelError
+
+
+def another_graph_in_the_store(world: World) -> type[HaechiError]:
+    store, prefix = Store(world.settings), model_prefix(world.name, world.versions["second"])
+    store.put(f"{prefix}model.onnx", b"another graph", "application/octet-stream")
+    return IntegrityError
+
+
+def a_folder_that_is_none(world: World) -> type[HaechiError]:
+    link = Path(world.target.path) / "current"
+    (Path(world.target.path) / "versions" / world.versions["second"]).mkdir()
+    assert link.is_symlink()
+    return IntegrityError
+
+
+@pytest.mark.parametrize("spoil", [no_folder_in_the_store, another_graph_in_the_store, a_folder_that_is_none])
+def test_what_cannot_be_promoted_leaves_target_and_alias(
+    world: World, spoil: Callable[[World], type[HaechiError]]
+) -> None:
+    error = spoil(world)
+    with pytest.raises(error) as caught:
+        world.promote("second")
+    assert caught.value.remedy
+    assert world.at() == ("first", "first")
+    assert (Path(world.target.path) / "current" / "model.onnx").is_file()
+    world.promote("third")
+    assert world.at() == ("third", "third")
+
+
+def test_a_former_model_whose_storage_is_gone_is_told_and_the_champion_stays(world: World) -> None:
+    world.promote("second")
+    Store(world.settings).remove(f"{model_prefix(world.name, world.versions['first'])}model.json")
+    with pytest.raises(ModelError, match=world.versions["first"]):
+        world.rollback()
+    assert world.at() == ("second", "second")
+
+
+def test_what_fails_at_a_folder_is_tried_again_by_each_round_and_by_a_new_process(world: World) -> None:
+    """It says nothing of the model: a disk that was full, a folder that somebody spoilt."""
+    damaged = Path(world.target.path) / "versions" / world.versions["second"]
+    damaged.mkdir()
+    world.champion_is("second")
+    for _ in range(2):
+        assert world.round().startswith("cannot be followed now: ")
+        assert world.at() == ("first", "second")
+    damaged.rmdir()
+    assert world.round().endswith(" serves")
+    assert world.at() == ("second", "second")
+
+
+@pytest.mark.parametrize("world", [in_git], indirect=True)
+def test_a_repository_that_is_away_for_a_while_is_no_fault_of_the_model(world: World) -> None:
+    bare = Path(world.target.repository)
+    world.champion_is("second")
+    hidden = bare.rename(bare.with_name("hidden"))
+    for _ in range(2):
+        assert world.round().startswith("cannot be followed now: git could not clone")
+    hidden.rename(bare)
+    assert world.round().endswith(" serves")
+    assert world.at() == ("second", "second")
+
+
+@pytest.mark.parametrize("world", [in_git], indirect=True)
+def test_a_push_that_is_refused_leaves_the_alias(world: World) -> None:
+    hook = Path(world.target.repository) / "hooks" / "pre-receive"
+    hook.write_text("#!/bin/sh\necho protected branch hook declined >&2\nexit 1\n")
+    hook.chmod(0o755)
+    with pytest.raises(DeployError, match="git could not push"):
+        world.promote("second")
+    assert world.at() == ("first", "first")
+    hook.unlink()
+    world.promote("second")
+    assert world.at() == ("second", "second")
+
+
+def test_a_link_that_names_nothing_is_told_and_mended(world: World) -> None:
+    shutil.rmtree(Path(world.target.path) / "versions" / world.versions["first"])
+    found = operations.status(world.settings, world.name, world.target)
+    assert (found["served"]["ready"], found["in_sync"]) == (False, False)
+    assert any("a folder that is gone" in line for line in operations.status_lines(found))
+    assert world.round().endswith(" serves")
+    assert world.at() == ("first", "first")
+
+
+def test_the_verbs_work_on_a_workdir_of_one_machine(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("HAECHI_S3_ENDPOINT", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    workdir, served = tmp_path / "work", tmp_path / "served"
+    rest = ["--target", f"dir:{served}", "--workdir", str(workdir)]
+    started = up(workdir)
+    try:
+        Store(started.settings()).ensure_bucket()
+        versions = register(started.settings(), "entrance", folders)
+        for which in ("first", "second"):
+            assert main(["promote", "entrance", versions[which][:6], *rest]) == 0
+            assert (served / "current").readlink().name == versions[which]
+        assert main(["rollback", "entrance", *rest]) == 0
+        assert (served / "current").readlink().name == versions["first"]
+        capsys.readouterr()
+        assert main(["status", "entrance", *rest, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["champion"], told["in_sync"]) == (versions["first"], True)
+        assert main(["reconcile", f"entrance=dir:{served}", "--once", "--workdir", str(workdir)]) == 0
+        assert main(["promote", "entrance", "0000", *rest]) == InputError.exit_code
+    finally:
+        down(workdir)
