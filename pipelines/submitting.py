@@ -27,7 +27,7 @@ from .scheduling import Schedule, recur
 __all__ = ["Package", "Submitted", "schedule_training", "shipped_package", "submit_training"]
 
 _DIGEST = 12  # hex digits in a version's name
-_NAME = 128  # characters of a name that the server's tables take
+_NAME = 128  # bytes of a name that the server takes
 _PARAMETERS = 120_000  # bytes of parameters: they go to a process as one argument, and Linux takes 128 KiB
 _ACCOUNT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _LOOKS, _PAUSE = 10, 0.5  # seconds between looks for a version that somebody else uploads
@@ -246,9 +246,9 @@ def _check_names(name: str, experiment: str, service_account: str) -> None:
     """Refuse what the server refuses too late: it starts a run whose name does not fit, and then fails to note it."""
     for option, text in (("--run-name", name), ("--experiment", experiment)):
         # Its connection to the database takes no characters of four bytes.
-        if text and (len(text) > _NAME or not text.strip() or not text.isprintable() or max(text) > "\uffff"):
+        if text and (len(text.encode()) > _NAME or not text.strip() or not text.isprintable() or max(text) > "\uffff"):
             raise InputError(
-                f"{option} is {text[:_NAME]!r}", f"Give {_NAME} characters at most, printable, in one line, no emoji."
+                f"{option} is {text[:_NAME]!r}", f"Give {_NAME} bytes at most, printable, in one line, no emoji."
             )
     if service_account and not _ACCOUNT.fullmatch(service_account):
         raise InputError(

@@ -59,6 +59,7 @@ class MariaDb(Server):
             "--socket=mariadb.sock",
             "--innodb-buffer-pool-size=32M",
             "--skip-grant-tables",
+            "--character-set-server=utf8mb4",  # as MySQL 8, which upstream ships, has it
         ]
         return command, dict(os.environ), []
 

@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,44 @@ def test_a_submit_becomes_a_workflow_that_retries_trainings_for_days(
     strategy = templates["retry-system-container-impl"]["retryStrategy"]
     assert strategy["backoff"]["maxDuration"] == "{{inputs.parameters.retry-backoff-max-duration}}"
     assert "retryPolicy" not in strategy, "Argo's default, OnFailure: a pod that is deleted is not retried"
+
+
+def test_claim_requests_and_training_anew_reach_the_workflow_and_no_step_is_cached(
+    single: KfpServer, cluster: ApiServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["submit", "--host", single.host, "--cache-claim", "frames", "--no-cache", "--set", "train_cpu=8", "--json"]
+    assert main(words) == 0
+    [workflow] = made(cluster, "workflows", "kubeflow", json.loads(capsys.readouterr().out)["id"])
+    values = {entry["name"]: entry["value"] for entry in workflow["spec"]["arguments"]["parameters"]}
+    claims = [mount["pvcMount"][0] for mount in map(json.loads, values.values()) if "pvcMount" in mount]
+    assert [claim["pvcNameParameter"]["runtimeValue"]["constant"] for claim in claims] == ["frames", "frames"]
+    [resources] = [
+        json.loads(value)["resources"] for value in values.values() if '"--function_to_execute","train"' in value
+    ]
+    assert "train_cpu" in resources["resourceCpuRequest"] and "gpu_count" in resources["accelerator"]["resourceCount"]
+    text = json.dumps(workflow["spec"]).replace("\\", "")
+    assert '"retrain":true' in text and '"train_cpu":"8"' in text
+    assert "enableCache" not in text, "what is not set is off"
+
+
+@pytest.mark.parametrize("name", ["화재 감지, 밤", "가" * 42, "x" * 128, "quo\"te's & <b>", "{{workflow.name}}"])
+def test_names_are_kept_as_they_are_written(name: str, single: KfpServer) -> None:
+    api = connect(single)
+    run = submit_training(api, {}, run_name=name, experiment=name)
+    assert api.run(run.id).display_name == name
+    for change in ("created", "unchanged"):
+        assert schedule_training(api, {}, Schedule(seconds=3600), name=name, pin=True).change == change
+
+
+def test_of_many_who_schedule_at_the_same_moment_one_stays(single: KfpServer) -> None:
+    def schedule(_: int) -> str:
+        return schedule_training(connect(single), {"name": "race"}, Schedule(seconds=3600), pin=True).id
+
+    connect(single).pipeline("training", "")
+    with ThreadPoolExecutor(4) as pool:
+        ids = set(pool.map(schedule, range(4)))
+    [row] = connect(single).recurring_runs("training-race")
+    assert row.mode == "ENABLE" and row.recurring_run_id in ids
 
 
 def test_the_same_pipeline_is_one_version_however_often_it_is_submitted(single: KfpServer, tmp_path: Path) -> None:

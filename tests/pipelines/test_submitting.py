@@ -182,10 +182,10 @@ def test_a_parameter_that_the_pipeline_lacks_stops_before_anything_is_sent(api: 
     ("given", "told"),
     [
         ({"run_name": "two\nlines"}, "--run-name is 'two.nlines'"),
-        ({"run_name": "x" * 129}, "128 characters at most"),
+        ({"run_name": "x" * 129}, "128 bytes at most"),
         ({"run_name": " "}, "--run-name is ' '"),
         ({"run_name": "fire 😀"}, "no emoji"),
-        ({"experiment": "x" * 129}, "--experiment is"),
+        ({"experiment": "가" * 43}, "--experiment is"),
         ({"service_account": "No Such"}, "--service-account is 'No Such'"),
         (
             {"parameters": {"sources": [{"uri": "s3://haechi/" + "x" * 120_000}]}},
@@ -206,7 +206,7 @@ def test_what_the_server_would_take_and_then_stumble_over_stops_before_anything_
     assert [line for line in api.requests if "healthz" not in line] == []
 
 
-@pytest.mark.parametrize("name", ["화재 감지 실행", "quo\"te's & <b>", "{{workflow.name}}", "x" * 128])
+@pytest.mark.parametrize("name", ["화재 감지 실행", "가" * 42, "quo\"te's & <b>", "{{workflow.name}}", "x" * 128])
 def test_names_are_kept_as_they_are_written(name: str, api: KfpStandIn) -> None:
     submit_training(connect(api), {}, run_name=name, experiment=name)
     schedule_training(connect(api), {}, Schedule(seconds=60), name=name)
