@@ -43,6 +43,7 @@ MAX_HELD = 32 * 2**20
 _ATTEMPTS = 6
 _COUNTS_SECONDS = 300.0
 _FLUSH_SECONDS = 5.0
+_LAST_SECONDS = 3.0  # after those, for the sample at hand and the counts: without them the others say little
 _TYPES = {"jpg": "image/jpeg", "png": "image/png", "bmp": "image/bmp", "webp": "image/webp", "tif": "image/tiff"}
 _MODEL = ("name", "version", "onnx_sha256", "run_id", "dataset_digest")
 _PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1]
@@ -155,7 +156,7 @@ class SampleWriter:
         self._closing.set()
         with self._changed:
             self._changed.notify()
-        self._thread.join(seconds + 1)
+        self._thread.join(seconds + _LAST_SECONDS)
         if self._thread.is_alive():
             say(f"samples: the store does not answer, {len(self._queue)} are lost")
 
