@@ -50,7 +50,7 @@ TARGETS = [f"base/{name}" for name in BASES] + [f"components/{name}" for name in
 TARGETS += [f"overlays/{name}" for name in OVERLAYS]
 _NEEDS = {"istio-auth": ["gateway-canary"]}
 _BUILT_IN = ("v1", "apps/v1", "autoscaling/v2", "batch/v1", "networking.k8s.io/v1", "policy/v1")
-_BUILT_IN += ("rbac.authorization.k8s.io/v1",)
+_BUILT_IN += ("rbac.authorization.k8s.io/v1", "admissionregistration.k8s.io/v1")
 _VERSIONS = ("1.32", "1.34")  # 1.34 is what tests/e2e runs
 # The Prometheus operator's and Argo CD's schemas are not shared; tests look at these objects by themselves.
 _WITHOUT_SCHEMA = ("monitoring.coreos.com/v1", "argoproj.io/v1alpha1")

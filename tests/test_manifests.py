@@ -43,6 +43,7 @@ OURS = [path for path in FILES if path.is_relative_to(MANIFESTS)]
 EXAMPLES = [path for path in OURS if path.is_relative_to(MANIFESTS / "examples")]
 SPACES = {"haechi-serving", "mlflow", "haechi-review"}  # made here; the others belong to Kubeflow and KServe
 CLUSTER_WIDE = {"ClusterRole", "ClusterRoleBinding"}
+CLUSTER_WIDE |= {"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}
 CHECKOV = ROOT / ".venv/checkov/bin/checkov"
 
 
