@@ -16,7 +16,7 @@ import yaml
 from haechi.components.deploy.inference_service import manifest
 from haechi.components.deploy.strategy import _CONFIG
 from haechi.components.shared.model_folder import ModelFolder
-from haechi.components.shared.settings import Settings
+from haechi.components.shared.settings import ENDPOINT_CREDENTIALS, GIT_CREDENTIALS, Settings
 from haechi.serving.command import add_arguments
 from haechi.serving.settings import ServingSettings
 from tests.rendered import (
@@ -519,6 +519,14 @@ def test_the_runtime_starts_the_process_with_arguments_that_it_knows() -> None:
     assert ports == [("http", known.http_port), ("grpc", known.grpc_port)]
     # KServe expands templates in the whole container: nothing else may look like one.
     assert re.findall(r"{{.*?}}", json.dumps(box)) == ["{{.Name}}"]
+
+
+def test_the_reconciler_finds_its_credentials_where_it_looks_and_starts_without_them() -> None:
+    (pod,) = (pod for pod in pods(render("components/reconciler")) if pod.owner.endswith("haechi-reconciler"))
+    secrets = {volume["name"]: volume["secret"] for volume in pod.spec["volumes"] if "secret" in volume}
+    mounts = {mount["mountPath"]: mount["name"] for mount in pod.spec["containers"][0]["volumeMounts"]}
+    for folder, name in ((GIT_CREDENTIALS, "haechi-git"), (ENDPOINT_CREDENTIALS, "haechi-endpoint")):
+        assert secrets[mounts[folder]] == {"secretName": name, "optional": True}
 
 
 def test_no_field_of_the_service_has_two_owners() -> None:
