@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from haechi.components.shared.detections import Letterbox
+from haechi.components.shared.detections import MAX_CANDIDATES, Detections, Detector, Letterbox
 from haechi.components.shared.errors import DeadlineError, InputError, NotFoundError, NotReadyError
 from haechi.components.shared.images import decode
 from haechi.components.shared.model_folder import ModelFolder
@@ -23,7 +23,9 @@ from .sampling import MARGIN
 from .settings import ServingSettings
 from .stages import Stages
 
-__all__ = ["Engine", "Models"]
+__all__ = ["Engine", "Models", "with_near_misses"]
+
+Floats = NDArray[np.float32]
 
 _CHUNK = 8  # images decoded at a time, and in one run at most; what is held beyond that are encoded bytes
 _BATCH = 8
@@ -107,9 +109,10 @@ class Engine:
                     self._observe(size)
             with stages.timed("post"):
                 for raw, (_, placed) in zip(raws, prepared, strict=True):
-                    detections = self._detector.decode(raw, placed, limits, iou, wanted.max_det)
-                    below = (
-                        self._detector.decode(raw, placed, lower, iou, MAX_DET).below(limits) if self._margin else None
+                    detections, below = (
+                        with_near_misses(self._detector, raw, placed, limits, lower, iou, wanted.max_det)
+                        if self._margin
+                        else (self._detector.decode(raw, placed, limits, iou, wanted.max_det), None)
                     )
                     found.append(Prediction(detections, placed.width, placed.height, below))
         return found
@@ -122,6 +125,32 @@ class Engine:
         except InputError as error:
             where = f"image {place}: " if place >= 0 else ""
             raise InputError(where + error.problem, error.remedy) from error
+
+
+def with_near_misses(
+    detector: Detector,
+    raw: Floats,
+    placed: Letterbox,
+    limits: Sequence[float],
+    lower: Sequence[float],
+    iou: float,
+    max_det: int,
+) -> tuple[Detections, Detections]:
+    """The very answer that `detector.decode` gives at `limits`, and what lies between `lower` and those.
+
+    Args:
+        detector, raw, placed: the network, what it said of an image, and that one's letterbox.
+        limits, lower: least scores by class; `lower` nowhere above `limits`.
+        iou, max_det: of the answer.
+    """
+    found = detector.decode(raw, placed, lower, iou, MAX_DET)
+    missed = found.below(limits)
+    if len(found) == MAX_DET or raw.shape[-1] > MAX_CANDIDATES:
+        # Something may have been cut off that the limits of its class let in.
+        return detector.decode(raw, placed, limits, iou, max_det), missed
+    # Weaker boxes suppress no stronger ones, so those that reach the limits are the same without them.
+    reached = found.above(limits)
+    return Detections(reached.boxes[:max_det], reached.scores[:max_det], reached.class_ids[:max_det]), missed
 
 
 def _pixels(image: Image, max_pixels: int) -> NDArray[np.uint8]:

@@ -6,15 +6,20 @@ import asyncio
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from haechi.components.shared.detections import MAX_CANDIDATES, Detections, Detector, Head, Letterbox
 from haechi.components.shared.errors import DeadlineError, InputError
 from haechi.components.shared.images import decode
 from haechi.components.shared.model_folder import ModelFolder
-from haechi.serving.engine import Engine, Models
-from haechi.serving.inference import InferenceRequest, Parameters
+from haechi.serving.engine import Engine, Models, with_near_misses
+from haechi.serving.inference import MAX_DET, InferenceRequest, Parameters
 from haechi.serving.pool import Pool
 from haechi.serving.service import Call, Service
 from haechi.serving.settings import ServingSettings
@@ -23,8 +28,8 @@ from tests.tiny_models import cell_box, paint, shade
 SCENE = paint({(2, 3): shade(0, 0.9), (5, 5): shade(1, 0.6), (7, 7): shade(0, 0.45), (8, 1): shade(1, 0.3)})
 
 
-def engine(folder: Path, **settings: object) -> Engine:
-    return Engine(folder, ModelFolder.load(folder), ServingSettings(**settings))  # type: ignore[arg-type]
+def engine(folder: Path, **chosen: object) -> Engine:
+    return Engine(folder, ModelFolder.load(folder), ServingSettings(**chosen))  # type: ignore[arg-type]
 
 
 def found(engine: Engine, parameters: Parameters) -> list[tuple[int, float]]:
@@ -134,6 +139,72 @@ def test_near_misses_are_seen_where_uncertain_samples_are_wanted_and_change_no_a
     assert with_them.detections.to_list(["person", "dog"]) == without.detections.to_list(["person", "dog"])
     # 0.45 lies less than 0.1 under the limit 0.5, and 0.3 does not.
     assert with_them.below.boxes.tolist() == [list(cell_box(7, 7))]
+
+
+class Counting(Detector):
+    """Counts its decodes; its network is never run."""
+
+    def __init__(self, kind: str, classes: int) -> None:
+        head = Head(kind, False, 64, 64, 0, "images")
+        super().__init__(lambda batch: batch, head, [str(index) for index in range(classes)], 64)
+        self.decodes = 0
+
+    def decode(self, *arguments: Any) -> Detections:
+        self.decodes += 1
+        return super().decode(*arguments)
+
+
+def raw_output(random: np.random.Generator, kind: str, classes: int, boxes: int) -> NDArray[np.float32]:
+    """What a network says of `boxes` places, many of them near each other, with scores that are often equal."""
+    centres = random.choice([8, 9, 10, 24, 40, 56], (2, boxes)) + random.random((2, boxes)) * random.choice([0, 1, 9])
+    sizes = random.choice([2, 6, 12], (2, boxes))
+    scores = random.integers(0, 101, (classes, boxes)) / 100
+    if kind == "dense":
+        raw = np.concatenate([centres, sizes, scores])
+        raw[:4, random.random(boxes) < 0.02] = np.nan
+        return raw.astype(np.float32)
+    corners = [centres - sizes / 2, centres + sizes / 2]
+    # An end-to-end head may name a class that is none.
+    ids = random.integers(0, classes + 1, (1, boxes))
+    return np.concatenate([*corners, scores[:1], ids]).T.astype(np.float32)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    kind=st.sampled_from(["dense", "end2end"]),
+    boxes=st.sampled_from([0, 1, 7, 40, 600, 2000]),
+    limits=st.lists(st.sampled_from([0.001, 0.05, 0.3, 0.55, 0.9, np.inf]), min_size=1, max_size=4),
+    iou=st.sampled_from([0.1, 0.45, 0.7, 1.0]),
+    max_det=st.sampled_from([1, 2, 30, 300]),
+    margin=st.sampled_from([0.1, 0.3]),
+)
+def test_near_misses_change_no_bit_of_an_answer(
+    seed: int, kind: str, boxes: int, limits: list[float], iou: float, max_det: int, margin: float
+) -> None:
+    raw = raw_output(np.random.default_rng(seed), kind, len(limits), boxes)
+    placed = Letterbox(0.3, 3, 0, 200, 210)
+    lower = [max(0.001, limit - margin) for limit in limits]
+    detector = Counting(kind, len(limits))
+    answer, missed = with_near_misses(detector, raw, placed, limits, lower, iou, max_det)
+    all_of_them = detector.decode(raw, placed, lower, iou, MAX_DET)
+    assert detector.decodes == (3 if len(all_of_them) == MAX_DET else 2)
+    for told, wanted in (
+        (answer, detector.decode(raw, placed, limits, iou, max_det)),
+        (missed, all_of_them.below(limits)),
+    ):
+        assert told.boxes.tobytes() == wanted.boxes.tobytes() and told.boxes.shape == wanted.boxes.shape
+        assert told.scores.tobytes() == wanted.scores.tobytes() and told.boxes.dtype == wanted.boxes.dtype
+        assert told.class_ids.tolist() == wanted.class_ids.tolist()
+
+
+def test_where_candidates_were_cut_off_the_answer_is_decoded_by_itself() -> None:
+    """30,000 boxes of one class just below its limit stand before the one of the other class that reaches its own."""
+    raw = np.zeros((6, MAX_CANDIDATES + 1), dtype=np.float32)
+    raw[:4], raw[4], raw[4:, -1] = 10, 0.85, (0, 0.4)
+    placed, limits = Letterbox(1, 0, 0, 64, 64), [0.9, 0.3]
+    answer, _ = with_near_misses(Counting("dense", 2), raw, placed, limits, [0.8, 0.2], 0.5, 300)
+    assert answer.class_ids.tolist() == [1]
 
 
 @pytest.mark.parametrize(("batch", "expected"), [(1, 1), (4, 4)])
