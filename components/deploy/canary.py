@@ -22,7 +22,7 @@ from .job import Job
 from .lease import LeaseLost
 from .readiness import Look
 from .rollout_state import RolloutState, now
-from .traffic import Pods, Prometheus, Source, judge
+from .traffic import Measured, Pods, Prometheus, Source, judge
 
 __all__ = ["Way", "finish", "walk"]
 
@@ -162,12 +162,20 @@ def _bake(job: Job, way: Way) -> str:
         if time.monotonic() - begun >= job.rollout.bake and place >= len(images):
             break
         time.sleep(job.rollout.poll)
-    ours, theirs, differ = sources[0].total(), sources[1].total(), disagreement(pairs)
+    ours, theirs, differ = sources[0].total(), _total_of_stable(sources[1]), disagreement(pairs)
     say(
         f"canary: {ours.requests:.0f} requests, {ours.failing:.1%} failed; stable: {theirs.requests:.0f}, {theirs.failing:.1%}; "
         f"{differ:.1%} of their boxes differ"
     )
     return judge(ours, theirs, differ, job.rollout)
+
+
+def _total_of_stable(source: Source) -> Measured:
+    try:
+        return source.total()
+    except Unanswered as error:
+        say(f"of the stable model nothing is measured, so it counts as without failures: {error.problem}")
+        return Measured()
 
 
 def _still_there(job: Job, way: Way) -> Look:

@@ -159,7 +159,8 @@ def holder_of(lease: dict[str, Any] | None, now: Callable[[], datetime] = lambda
 
 
 def _seconds_of(spec: dict[str, Any]) -> float:
-    return float(spec.get("leaseDurationSeconds") or 1)
+    seconds = spec.get("leaseDurationSeconds")
+    return float(seconds) if isinstance(seconds, int) else 1.0
 
 
 def _text(lease: dict[str, Any], field: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -62,7 +63,11 @@ class Source(Protocol):
         """Take a look; to be called every few seconds."""
 
     def total(self) -> Measured:
-        """What happened between the first and the last look."""
+        """What happened between the first and the last look.
+
+        Raises:
+            Unanswered: nothing could be measured.
+        """
 
 
 class Pods:
@@ -78,18 +83,25 @@ class Pods:
         self._scrape = scrape
         self._first: dict[float, Measured] = {}
         self._last: dict[float, Measured] = {}
+        self._why = ""
 
     def look(self) -> None:
         """Read one pod; one that does not answer now is told by the probes."""
         try:
             process, measured = read_metrics(self._scrape())
-        except Unanswered:
+        except Unanswered as error:
+            self._why = error.problem
             return
         self._first.setdefault(process, measured)
         self._last[process] = measured
 
     def total(self) -> Measured:
         """All pods that were met."""
+        if not self._last:
+            raise Unanswered(
+                f"no pod's /metrics could be read: {self._why}",
+                "Look at what answers at that address, or set rollout.prometheus.",
+            )
         total = Measured()
         for process, last in self._last.items():
             total = total.plus(last.minus(self._first[process]))
@@ -116,12 +128,17 @@ class Prometheus:
         """What Prometheus saw since the beginning.
 
         Raises:
-            Unanswered: it cannot be reached or refuses the query.
+            Unanswered: it cannot be reached, refuses the query, or knows nothing of pods that were asked.
         """
         span = f"[{max(1, round(self._seconds()))}s]"
         outcomes = self._query(f"sum by (outcome) (increase(haechi_requests_total{{{self._pods}}}{span}))", "outcome")
         name = f"haechi_request_duration_seconds_bucket{{{self._pods}}}"
         buckets = self._query(f"sum by (le) (increase({name}{span}))", "le")
+        if not outcomes:
+            raise Unanswered(
+                f"Prometheus at {self._url} knows no request of the pods {{{self._pods}}}, and we did ask them",
+                "Apply the PodMonitor, let rollout.bake be some of its intervals, or leave rollout.prometheus empty.",
+            )
         failed = sum(outcomes.get(name, 0.0) for name in _FAILED)
         return Measured(outcomes.get("ok", 0.0), failed, {float(limit): number for limit, number in buckets.items()})
 
@@ -130,34 +147,55 @@ class Prometheus:
             answer = requests.get(f"{self._url}/api/v1/query", params={"query": query}, timeout=(5, 30))
             answer.raise_for_status()
             rows = answer.json()["data"]["result"]
-            return {row["metric"].get(label, ""): float(row["value"][1]) for row in rows}
-        except (requests.RequestException, ValueError, KeyError, TypeError, IndexError) as error:
+            return {row["metric"].get(label, ""): _number(row["value"][1]) for row in rows}
+        except (requests.RequestException, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise Unanswered(
-                f"Prometheus at {self._url} does not answer: {error}", "Check rollout.prometheus, or leave it empty."
+                f"Prometheus at {self._url} does not answer with numbers: {error}",
+                "Check rollout.prometheus, or leave it empty.",
             ) from error
 
 
 def read_metrics(text: str) -> tuple[float, Measured]:
-    """The start of the process (seconds since 1970, 0 where it is not told) and its predictions, of one scrape."""
+    """The start of the process (seconds since 1970, 0 where it is not told) and its predictions, of one scrape.
+
+    Raises:
+        Unanswered: that is no page of ours.
+    """
+    try:
+        return _read(text)
+    except (ValueError, IndexError) as error:
+        raise Unanswered(f"/metrics is not what Haechi's runtime writes ({error})") from error
+
+
+def _read(text: str) -> tuple[float, Measured]:
     process, answered, failed = 0.0, 0.0, 0.0
     buckets: _Buckets = defaultdict(float)
     for line in text.splitlines():
         name, _, rest = line.partition("{")
         if line.startswith("process_start_time_seconds "):
-            process = float(line.split()[1])
+            process = _number(line.split()[1])
         elif name in ("haechi_requests_total", "haechi_request_duration_seconds_bucket"):
             labels, _, value = rest.rpartition("}")
             entries = dict(part.split("=", 1) for part in labels.replace('"', "").split(",") if "=" in part)
             if entries.get("protocol") not in _PREDICTIONS:
                 continue
-            number = float(value.split()[0])
+            number = _number(value.split()[0])
             if "le" in entries:
                 buckets[float(entries["le"])] += number
             elif entries.get("outcome") == "ok":
                 answered += number
             elif entries.get("outcome") in _FAILED:
                 failed += number
+    if not process and not answered + failed:
+        raise ValueError("it tells neither of a process nor of a prediction")
     return process, Measured(answered, failed, dict(buckets))
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text!r} is no number to count with")  # and every comparison with it is false
+    return number
 
 
 def percentile(buckets: _Buckets, share: float) -> float:

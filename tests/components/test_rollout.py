@@ -17,6 +17,7 @@ import pytest
 from cluster_stand_in import ClusterStandIn
 from tiny_models import tiny_model_folder
 
+from haechi.components.deploy.endpoint import Unanswered
 from haechi.components.deploy.inference_service import Patience
 from haechi.components.deploy.job import Job
 from haechi.components.deploy.kubernetes_api import InferenceServiceApi
@@ -80,7 +81,21 @@ def test_a_state_survives_its_annotation() -> None:
     assert len(long[STATE]) < 1500, "an object's annotations have 256 KiB in all"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', '{"phase": "flying"}', '{"phase": 1}', '{"traffic": "10"}'])
+ODD = [
+    json.dumps({"phase": "canary", **more})
+    for more in (
+        {"traffic": 101},
+        {"traffic": -1},
+        {"version": "../pods"},
+        {"former_name": "a b"},
+        {"version": "x" * 64},
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '"x"', '{"phase": "flying"}', '{"phase": 1}', '{"traffic": "10"}', *ODD]
+)
 def test_a_state_that_cannot_be_read_is_none(text: str) -> None:
     assert RolloutState.of({"metadata": {"annotations": {STATE: text}}}) == RolloutState()
     assert RolloutState.of(None) == RolloutState()
@@ -92,6 +107,9 @@ def test_a_lease_expires_and_may_be_given_back() -> None:
     for seconds, holder in ((59, "run 1"), (61, "")):
         assert holder_of({"spec": spec}, lambda seconds=seconds: begun + timedelta(seconds=seconds)) == holder
     assert holder_of({"spec": {"leaseDurationSeconds": 1}}) == holder_of(None) == ""
+    for entry in ("renewTime", "leaseDurationSeconds"):
+        for value in (None, "", "tomorrow"):
+            assert holder_of({"spec": {**spec, entry: value}}) == "", "somebody wrote into it"
 
 
 # --- judgement --------------------------------------------------------------------------------------------------------
@@ -127,6 +145,71 @@ def test_pods_behind_one_service_are_told_apart() -> None:
     for _ in range(6):
         pods.look()
     assert pods.total().answered == 30, "what a pod did before it was met does not count"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "",
+        "<!doctype html><title>Sign in</title>",
+        'haechi_requests_total{outcome="ok",protocol="v2"} NaN',
+        'haechi_requests_total{outcome="ok",protocol="v2"}',
+        'haechi_request_duration_seconds_bucket{le="x",protocol="v2"} 1',
+        "process_start_time_seconds soon",
+    ],
+)
+def test_a_page_that_is_no_metrics_is_not_taken_for_a_quiet_pod(page: str) -> None:
+    texts = iter([page, page, SCRAPE, page])
+    pods = Pods(lambda: next(texts))
+    pods.look()
+    pods.look()
+    with pytest.raises(
+        Unanswered, match=r"no pod's /metrics could be read: /metrics is not what Haechi's runtime writes"
+    ):
+        pods.total()
+    pods.look()
+    pods.look()
+    assert pods.total() == Measured(0, 0, {0.1: 0, math.inf: 0}), "one that could be read is enough"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"data": {"result": []}}, "knows no request of the pods .*entrance-v-1.*and we did ask them"),
+        (
+            {"data": {"result": [{"metric": {"outcome": "ok"}, "value": [0, "NaN"]}]}},
+            "with numbers: 'NaN' is no number",
+        ),
+        ({"data": {"result": [{"metric": {"outcome": "ok"}, "value": [0]}]}}, "does not answer with numbers"),
+        ({"data": {"result": [["ok", "1"]]}}, "does not answer with numbers"),
+        ({"status": "error"}, "does not answer with numbers: 'data'"),
+        ("<!doctype html><title>Sign in</title>", "does not answer with numbers"),
+    ],
+)
+def test_a_prometheus_without_numbers_is_no_prometheus_without_failures(body: Any, message: str) -> None:
+    data = (body if isinstance(body, str) else json.dumps(body)).encode()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Keep the tests' output clean."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        source = Prometheus(f"http://127.0.0.1:{server.server_port}", "models", "entrance-v-1-predictor", lambda: 41.7)
+        try:
+            with pytest.raises(Unanswered, match=message) as caught:
+                source.total()
+        finally:
+            server.shutdown()
+            thread.join()
+    assert caught.value.remedy
 
 
 def test_a_percentile_lies_within_its_bucket() -> None:
@@ -194,7 +277,7 @@ def test_prometheus_is_asked_for_the_pods_of_one_deployment() -> None:
         source = Prometheus(f"http://127.0.0.1:{server.server_port}", "models", "entrance-v-1-predictor", lambda: 41.7)
         source.look()
         assert source.total() == Measured(8.5, 1.5, {0.1: 9, math.inf: 10})
-        with pytest.raises(DeployError, match=r"does not answer: 500 .*"):
+        with pytest.raises(DeployError, match=r"does not answer with numbers: 500 .*"):
             source.total()
         server.shutdown()
         thread.join()

@@ -217,6 +217,47 @@ def test_a_champion_that_fails_is_not_tried_again_until_the_alias_changes(world:
     assert world.serving() == "second"
 
 
+def test_a_champion_that_failed_and_comes_back_is_tried_though_nothing_else_was_deployed(world: World) -> None:
+    world.kserve.fates[world.uri("second")] = NEVER
+    world.patience = replace(QUICK, timeout=1.5)
+    world.champion_is("second")
+    assert "did not become ready" in world.round()
+    world.champion_is("first")
+    assert world.round() == f"champion {world.versions['first']} is what the target names"
+    del world.kserve.fates[world.uri("second")]
+    world.patience = QUICK
+    world.champion_is("second")
+    assert world.round().endswith(" serves")
+    until(lambda: world.serving() == "second")
+
+
+def test_a_failed_promotion_by_hand_is_nothing_against_the_alias(world: World) -> None:
+    world.kserve.fates[world.uri("second")] = NEVER
+    with pytest.raises(DeployError, match="has all traffic again"):
+        world.promote("second", world.target, patience=replace(QUICK, timeout=1.5))
+    del world.kserve.fates[world.uri("second")]
+    world.champion_is("second")
+    assert world.round().endswith(" serves")
+    until(lambda: world.serving() == "second")
+
+
+def test_a_missing_right_is_no_fault_of_the_model(world: World) -> None:
+    cluster, path = (
+        world.cluster,
+        f"/apis/rbac.authorization.k8s.io/v1/namespaces/{world.namespace}/roles/haechi-deploy",
+    )
+    role = cluster.get(path)
+    less = [rule for rule in role["rules"] if "serving.kserve.io" not in rule["apiGroups"]]
+    reading = {"apiGroups": ["serving.kserve.io"], "resources": ["inferenceservices"], "verbs": ["get"]}
+    cluster.request("PATCH", path, {"rules": [*less, reading]}, kind="application/merge-patch+json")
+    world.champion_is("second")
+    until(lambda: "cannot be followed now: we may not patch" in world.round(), 20)
+    assert world.serving() == "first"
+    cluster.request("PATCH", path, {"rules": role["rules"]}, kind="application/merge-patch+json")
+    until(lambda: world.round().endswith((" serves", "is what the target names")), 20)
+    until(lambda: world.serving() == "second")
+
+
 def test_a_target_that_a_pipeline_deploys_to_is_left_to_it(world: World) -> None:
     api = InferenceServiceApi(world.namespace, "entrance")
     world.champion_is("second")
@@ -346,15 +387,8 @@ def test_rollback_takes_a_running_canary_over(world: World) -> None:
     found = world.status()
     assert (found["served"]["canary"], found["served"]["traffic"]) == (world.versions["second"], 50)
     assert found["served"]["holder"]
-    patched = replace(QUICK, lease=60)
-    world.patience = patched
-    # Another person: the same one would be taken for a repeated step.
-    owner = operations.getpass.getuser
-    operations.getpass.getuser = lambda: "someone-else"
-    try:
-        assert world.rollback(take_over=True)["version"] == world.versions["first"]
-    finally:
-        operations.getpass.getuser = owner
+    world.patience = replace(QUICK, lease=60)
+    assert world.rollback(take_over=True)["version"] == world.versions["first"]
     thread.join()
     assert failed
     assert (world.serving(), world.alias(), world.status()["served"]["canary"]) == ("first", "first", "")
