@@ -520,6 +520,28 @@ def test_the_steps_image_pushes_a_commit_with_the_credentials_that_a_pod_has(
     assert "DeployError: git could not clone" in refused.stderr
 
 
+def test_the_reconciler_as_its_deployment_starts_it_brings_the_champion_to_the_repository(
+    journey: dict[str, tuple[subprocess.CompletedProcess[str], dict[str, Any]]],
+    launcher: Launcher,
+    bare: Path,
+    tmp_path: Path,
+) -> None:
+    assert journey["deploy"][0].returncode == 0
+    deployment = yaml.safe_load((ROOT / "manifests/components/reconciler/deployment.yaml").read_text())
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["image"].startswith("haechi/steps:")
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    with _over_http(bare, secret) as url:
+        options = [f"--volume={secret}:/etc/haechi/git:ro", *(f"--env={k}={v}" for k, v in launcher.env.items())]
+        words = [*container["command"], f"{NAME['name']}=git:{url}#main:safety.yaml", "--once"]
+        done = run_in(launcher.images["steps"], *words, options=tuple(options))
+    assert done.returncode == 0, done.stderr[-2000:]
+    service = yaml.safe_load(_git("-C", str(bare), "show", "main:safety.yaml"))
+    version = _read(launcher.path("export", "onnx_model") / "model.json")["version"]
+    assert service["spec"]["predictor"]["model"]["storageUri"].endswith(f"/{version}")
+
+
 # ---- the runtime
 
 
