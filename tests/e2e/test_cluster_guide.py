@@ -234,6 +234,15 @@ def test_the_images_are_those_that_the_pipeline_and_the_overlay_name() -> None:
     assert {image.partition(":")[2] for image in images} == {version[1]}
 
 
+def test_kserve_is_sent_to_the_store_that_the_steps_write_to() -> None:
+    (noted,) = [shlex.split(command) for command in COMMANDS if command.startswith("kubectl annotate")]
+    notes = dict(word.removeprefix("serving.kserve.io/").split("=") for word in noted if word.startswith("serving."))
+    for name in ("pipeline", "serving"):
+        patch = yaml.safe_load((ROOT / f"manifests/overlays/local/configmap-patch-{name}.yaml").read_text())
+        assert patch["data"]["HAECHI_S3_ENDPOINT"] == f"http://{notes['s3-endpoint']}"
+    assert notes["s3-usehttps"] == "0"
+
+
 def test_the_page_is_short_and_its_links_lead_somewhere() -> None:
     assert len(TEXT.splitlines()) <= 200
     for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)(?:#([^)]+))?\)", TEXT):
