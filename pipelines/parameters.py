@@ -144,7 +144,7 @@ def check(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             )
         _check_json(key, value, where)
         pattern, words = _WORDS.get(key, (None, ""))
-        if pattern and not pattern.fullmatch(value):
+        if pattern and not pattern.fullmatch(str(value)):
             raise InputError(f"{where}: {key} is {value!r}", f"Give {words}.")
         checked[key] = value
     if checked.get("candidates") == []:

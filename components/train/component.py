@@ -47,7 +47,6 @@ def train(
 
     with tempfile.TemporaryDirectory(prefix="haechi-train-") as work:
         out, settings = Path(checkpoint.path), Settings.from_env()
-        folders = {"dataset": Path(dataset.path), "out": out, "work": Path(work)}
-        world = {"name": name, "champion": champion, "run_id": run_id, "settings": settings}
-        result = run(candidate=candidate, seed=seed, device=device, retrain=retrain, **folders, **world)
+        given = (Path(dataset.path), name, candidate, champion, seed, device, run_id)
+        result = run(*given, out, Path(work), settings, retrain=retrain)
         checkpoint.metadata.update({key: value for key, value in result.metadata().items() if value is not None})
