@@ -7,6 +7,7 @@ it is the graph as it stands in onnxruntime, which is also what evaluate, label 
 from __future__ import annotations
 
 import importlib.util
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -274,6 +275,8 @@ def _openvino_fp32(source: _Source) -> Backend:
 
 
 def _openvino(source: _Source, precision: str) -> Backend:
+    # Its telemetry would fork this process at the import, to tell Google Analytics of it.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino  # type: ignore[import-untyped]
 
     core = openvino.Core()

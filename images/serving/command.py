@@ -27,8 +27,10 @@ def _port(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal comes."""
+    from .quiet import hush
     from .serve import serve
 
+    hush()
     serve(
         arguments.model,
         http_port=arguments.http_port,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -275,6 +278,24 @@ def test_the_faster_of_two_that_pass_serves(folder: Path, monkeypatch: pytest.Mo
 
         assert backend.engine == ("other" if rates[1] > rates[0] else "onnxruntime")
         assert "onnxruntime fp32 " in backend.reason and "other fp32 " in backend.reason
+
+
+@needs_openvino
+def test_openvino_tells_nobody_that_it_is_used(folder: Path) -> None:
+    """Its telemetry sends from a process that it forks when it is imported."""
+    script = f"""
+import sys
+from pathlib import Path
+from haechi.components.shared.model_folder import ModelFolder
+from haechi.serving.backends import BackendOptions, open_backend
+asked = []
+sys.addaudithook(lambda event, values: asked.append(event) if event in ("os.fork", "socket.connect") else None)
+folder = Path({str(folder)!r})
+print(open_backend(folder, ModelFolder.load(folder), BackendOptions("openvino", "fp32")).engine, asked)
+"""
+    env = {name: value for name, value in os.environ.items() if name != "CI"}  # where it is silent
+    told = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert told.stdout == "openvino []\n", told
 
 
 @needs_openvino

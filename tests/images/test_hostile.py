@@ -10,6 +10,7 @@ import contextlib
 import gc
 import io
 import json
+import re
 import socket
 import ssl
 import struct
@@ -24,6 +25,7 @@ from typing import Any
 
 import grpc
 import httpx
+import numpy as np
 import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -76,18 +78,24 @@ class Watch:
                 self.slowest = max(self.slowest, time.monotonic() - begun)
 
 
+def log_of(folder: Path) -> str:
+    return (folder / "stderr").read_text()
+
+
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Running]:
     """One process for all of it; at the end it is still alive, and its log tells of no failure of ours."""
-    told = folder.parent / "stderr"
     with (
-        told.open("w") as sink,
+        (folder / "stderr").open("w") as sink,
         running(folder, "--name", "door", stdout=subprocess.DEVNULL, stderr=sink) as process,
     ):
         yield process
         assert process.process.poll() is None
-    log = told.read_text()
+    log = log_of(folder)
     assert "Traceback" not in log and "failed" not in log, log[-5000:]
+    # Nor do the libraries that read pictures write there what callers make them say.
+    strange = [line for line in log.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
+    assert strange == [], strange[:20]
     assert process.process.returncode == 0
 
 
@@ -187,6 +195,40 @@ def test_images_that_cost_more_than_they_weigh_are_refused(server: Running, name
     assert "image 0" in refused(post(server, PATHS["v1"], many, "application/json"))
     assert time.process_time() - begun < 10
     assert process.memory_info().rss - before < 400 * 2**20
+
+
+def damaged(kind: str, every: int = 40, **options: Any) -> bytes:
+    """A picture with a wrong byte now and then behind its head."""
+    dots = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    sink = io.BytesIO()
+    image = Image.fromarray(dots)
+    (image.convert("1") if options.get("compression") == "group4" else image).save(sink, kind, **options)
+    data = bytearray(sink.getvalue())
+    for at in range(60, len(data) - 300, every):
+        data[at] ^= 0x55
+    return bytes(data)
+
+
+LOUD: dict[str, Callable[[], bytes]] = {
+    "fax": lambda: damaged("TIFF", compression="group4"),
+    "LZW": lambda: damaged("TIFF", compression="tiff_lzw"),
+    "deflate": lambda: damaged("TIFF", compression="tiff_adobe_deflate"),
+    "JPEG in TIFF": lambda: damaged("TIFF", compression="jpeg"),
+    "tags beyond the end": lambda: (
+        b"II*\0" + struct.pack("<IH", 8, 20) + b"".join(struct.pack("<HHII", 256 + i, 3, 9, 10**9) for i in range(20))
+    ),
+    "more samples than there are": lambda: (
+        b"II*\0" + struct.pack("<IHHHIIHHIII", 8, 2, 258, 3, 4096, 8, 277, 3, 1, 4096, 0) + b"\x08\0" * 4096
+    ),
+    **{kind: lambda kind=kind: damaged(kind) for kind in ("JPEG", "PNG", "BMP", "WEBP")},
+}
+
+
+@pytest.mark.parametrize("name", LOUD)
+def test_a_damaged_picture_makes_no_library_write_into_the_log(server: Running, folder: Path, name: str) -> None:
+    before = log_of(folder)
+    answered(post(server, PATHS["v1"], LOUD[name](), "image/tiff"))
+    assert log_of(folder) == before
 
 
 # Bodies at random -------------------------------------------------------------------------------------------------
