@@ -133,7 +133,8 @@ def roll_out(
     """
     before, uri = persist(api.get, patience, tick), storage_uri(wanted)
     refuse_canary(api, before)
-    api.deployment(f"{api.name}-predictor")  # may we look at all? Told before anything changes
+    # May we look at all? Told before anything changes.
+    persist(lambda: api.deployment(f"{api.name}-predictor"), patience, tick)
     previous = _previous_uri(before, uri)
     if previous:
         wanted["metadata"]["annotations"][PREVIOUS] = previous

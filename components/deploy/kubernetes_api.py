@@ -11,6 +11,7 @@ __all__ = ["MANAGER", "Away", "Conflict", "Forbidden", "InferenceServiceApi", "R
 
 MANAGER = "haechi-deploy"  # owns the fields that we apply, and no others
 _TIMEOUT = (5, 30)  # seconds to connect, and to wait for an answer
+_OURS = ".metadata.annotations.haechi.io/"
 _APPLY = "application/apply-patch+yaml"  # JSON is YAML; this type is what means "apply"
 # What a message of "there is no such object" begins with; other 404s mean that the kind itself is not there.
 _OBJECTS = ("inferenceservices.", "deployments.", "leases.", "configmaps ", "httproutes.")
@@ -25,7 +26,13 @@ class Forbidden(DeployError):
 
 
 class Conflict(DeployError):
-    """Somebody else manages a field."""
+    """Somebody else manages a field.
+
+    Attributes:
+        fields: which, as `.spec.predictor.model.storageUri`.
+    """
+
+    fields: tuple[str, ...] = ()
 
 
 class Raced(Away):
@@ -62,6 +69,8 @@ class InferenceServiceApi:
     def apply(self, manifest: dict[str, Any], dry_run: bool = False) -> dict[str, Any]:
         """Server-side apply as MANAGER, without force: another owner's field is not taken silently.
 
+        But for annotations `haechi.io/*`, which are nobody else's: whoever edits one would lock every deploy out.
+
         Args:
             manifest: all that we want to own of the object; what we owned and leave out now is removed.
             dry_run: let schema, webhooks, rights and owners speak, and change nothing.
@@ -71,7 +80,12 @@ class InferenceServiceApi:
         """
         query = [("fieldManager", MANAGER), ("fieldValidation", "Strict")]
         query += [("dryRun", "All")] if dry_run else []
-        return self._request("PATCH", manifest, query) or {}
+        try:
+            return self._request("PATCH", manifest, query) or {}
+        except Conflict as error:
+            if not error.fields or not all(field.startswith(_OURS) for field in error.fields):
+                raise
+        return self._request("PATCH", manifest, [*query, ("force", "true")]) or {}
 
     def delete(self) -> None:
         """Delete the object, if it is there."""
@@ -138,7 +152,10 @@ class InferenceServiceApi:
         except Refused as error:
             if absent and error.status == 404 and (optional or error.message.startswith(_OBJECTS)):
                 return None
-            raise self._explain(verb, error.status, error.message) from error
+            explained = self._explain(verb, error.status, error.message)
+            if isinstance(explained, Conflict):
+                explained.fields = error.fields
+            raise explained from error
         except Unreachable as error:
             raise Away(
                 f"cannot reach the Kubernetes API server at {self.server}: {error}",

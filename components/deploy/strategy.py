@@ -11,7 +11,7 @@ from haechi.components.shared.errors import DeployError, DeployRefused
 from .canary_standard import LONGEST_NAME, StandardCanary
 from .inference_service import MODE
 from .job import Job
-from .kubernetes_api import Forbidden, InferenceServiceApi
+from .kubernetes_api import Forbidden
 from .rollout_state import RolloutState
 
 __all__ = ["Choice", "choose"]
@@ -48,7 +48,7 @@ def choose(job: Job, found: dict[str, Any], state: RolloutState) -> Choice:
     wanted = job.rollout.strategy
     if wanted == "rolling":
         return Choice("rolling")
-    config = _config(job.api)
+    config = _config(job)
     mode = _mode(found, config)
     if wanted == "shadow":
         if mode == "Knative":
@@ -68,10 +68,10 @@ def choose(job: Job, found: dict[str, Any], state: RolloutState) -> Choice:
     return Choice("shadow", why) if why else Choice("canary")
 
 
-def _config(api: InferenceServiceApi) -> dict[str, Any] | None:
+def _config(job: Job) -> dict[str, Any] | None:
     """KServe's settings by section; None where they are not there or may not be read."""
     try:
-        data = api.config_map(*_CONFIG)
+        data = job.persist(lambda: job.api.config_map(*_CONFIG))
     except Forbidden:
         return None
     return None if data is None else {key: _json(data.get(key, "")) for key in ("deploy", "ingress")}
@@ -100,12 +100,12 @@ def _why_not(job: Job, found: dict[str, Any], state: RolloutState, mode: str, co
         return f"KServe's mode is {mode or 'not known yet'}"
     if len(api.name) > LONGEST_NAME:
         return f"the service's name has more than {LONGEST_NAME} characters"
-    if not api.serves_group("gateway.networking.k8s.io"):
+    if not job.persist(lambda: api.serves_group("gateway.networking.k8s.io")):
         return "the cluster has no Gateway API"
     if config is not None and config["ingress"].get("enableGatewayApi") is not True:
         return "KServe's ingress.enableGatewayApi is not true"
     try:
-        if api.route() is None:
+        if job.persist(api.route) is None:
             return f"there is no HTTPRoute {api.name}, so nothing splits its traffic"
     except Forbidden:
         if config is None:
@@ -116,10 +116,10 @@ def _why_not(job: Job, found: dict[str, Any], state: RolloutState, mode: str, co
 def _unknown_field(job: Job, way: StandardCanary) -> str:
     """Let the API server check canary and promotion, without doing them."""
     try:
-        job.api.apply(way.at(0), dry_run=True)
+        job.persist(lambda: job.api.apply(way.at(0), dry_run=True))
     except DeployError as error:
         if "spec.canary" in error.problem and ("unknown field" in error.problem or "not declared" in error.problem):
             return "this KServe has no spec.canary (it came with 0.20)"
         raise
-    job.api.apply(way.promoted(), dry_run=True)
+    job.persist(lambda: job.api.apply(way.promoted(), dry_run=True))
     return ""

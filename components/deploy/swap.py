@@ -131,6 +131,7 @@ def _would_take(job: Job, name: str) -> None:
     wanted = job.wanted()
     wanted["spec"]["predictor"] |= {"name": name} if name else {}
     job.persist(lambda: job.api.apply(wanted, dry_run=True))
+    job.persist(lambda: job.api.deployment(predictor_name(job.api.name, name)))
 
 
 def _way(job: Job, found: dict[str, Any], state: RolloutState) -> Way:
@@ -161,9 +162,9 @@ def _clean_up(job: Job, found: dict[str, Any], state: RolloutState) -> dict[str,
 
 def _serves(job: Job, found: dict[str, Any], state: RolloutState) -> bool:
     if state.strategy in _CANARIES:
-        seen = _way(job, found, state).serves(found)
+        seen = job.persist(lambda: _way(job, found, state).serves(found))
     else:
-        seen = look(found, "", job.api.deployment) if storage_uri(found) == state.uri else None
+        seen = job.persist(lambda: look(found, "", job.api.deployment)) if storage_uri(found) == state.uri else None
     return seen is not None and seen.ready
 
 

@@ -21,10 +21,11 @@ class Refused(Exception):
     Attributes:
         status: of HTTP.
         message: the server's own words.
+        fields: that it is about, such as `.spec.replicas`; empty where it names none.
     """
 
-    def __init__(self, status: int, message: str) -> None:
-        self.status, self.message = status, message
+    def __init__(self, status: int, message: str, fields: tuple[str, ...] = ()) -> None:
+        self.status, self.message, self.fields = status, message, fields
         super().__init__(f"{status}: {message}")
 
 
@@ -87,7 +88,7 @@ class KubernetesCaller:
             )
             return found
         except ApiException as error:
-            raise Refused(error.status, _message(error)) from error
+            raise _refused(error) from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise Unreachable(_short(error)) from error
 
@@ -141,10 +142,13 @@ def _short(error: Exception) -> str:
     return (str(cause).strip() or type(cause).__name__).splitlines()[0].split(" object at ")[-1][:300]
 
 
-def _message(error: Any) -> str:
-    """The API server's own words: a Status object's message, or its plain text."""
+def _refused(error: Any) -> Refused:
+    """The API server's own words: a Status object's, or its plain text."""
     body = error.body.decode(errors="replace") if isinstance(error.body, bytes) else str(error.body or error.reason)
     try:
-        return str(json.loads(body)["message"])[:_MESSAGE_LENGTH]
-    except (ValueError, KeyError, TypeError):
-        return body.strip()[:_MESSAGE_LENGTH]
+        told = json.loads(body)
+        causes = (told.get("details") or {}).get("causes") or []
+        fields = tuple(str(cause["field"]) for cause in causes if cause.get("field"))
+        return Refused(error.status, str(told["message"])[:_MESSAGE_LENGTH], fields)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Refused(error.status, body.strip()[:_MESSAGE_LENGTH])

@@ -22,6 +22,7 @@ from kserve_webhook import KserveWebhook
 from pod_network import PodNetwork
 from tiny_models import tiny_model_folder
 
+from haechi.components.deploy.credential import Credential
 from haechi.components.deploy.inference_service import Patience
 from haechi.components.deploy.job import Job
 from haechi.components.deploy.kubernetes_api import InferenceServiceApi
@@ -87,11 +88,24 @@ class Place:
         patience: Patience = QUICK,
         owner: str = "run-1",
         folder: Path | None = None,
+        credential: Credential | None = None,
+    ) -> str:
+        with Lease(self.api, owner, patience.lease) as lease:
+            return self.swap(model, lease, rollout, patience, folder, credential)
+
+    def swap(
+        self,
+        model: ModelFolder,
+        lease: Lease,
+        rollout: Rollout = STEPS,
+        patience: Patience = QUICK,
+        folder: Path | None = None,
+        credential: Credential | None = None,
     ) -> str:
         rollout = replace(rollout, address=self.network.address)
-        with Lease(self.api, owner, patience.lease) as lease:
-            folder = folder or self.models.folders[model.version]
-            return swap(Job(self.api, lease, model, folder, self.models.uri(model), rollout, patience))
+        folder = folder or self.models.folders[model.version]
+        uri, known = self.models.uri(model), credential or Credential()
+        return swap(Job(self.api, lease, model, folder, uri, rollout, patience, known))
 
     def service(self, name: str = "entrance") -> dict[str, Any]:
         return self.cluster.get(self._path(name))
