@@ -127,19 +127,32 @@ WORSE = [
 
 
 @pytest.mark.parametrize(("spoil", "message"), WORSE, ids=[spoil.__name__ for spoil, _ in WORSE])
-def test_a_worse_canary_is_withdrawn(
-    serving_old: Place, models: Models, spoil: Callable[[Place, Models], None], message: str
+def test_a_worse_canary_is_withdrawn_and_the_next_run_goes_on(
+    place: Place, models: Models, spoil: Callable[[Place, Models], None], message: str
 ) -> None:
-    spoil(serving_old, models)
+    place.deploy(models.old)
+    until(lambda: place.only(models.old))
+    spoil(place, models)
     message = message.replace("{old}", models.old.version).replace("{new}", models.new.version)
     with pytest.raises(DeployError, match=message) as caught:
-        serving_old.deploy(models.new, replace(STEPS, bake=2.0), HASTY)
+        place.deploy(models.new, replace(STEPS, bake=2.0), HASTY)
     assert f"{models.uri(models.old)} has all traffic again" in str(caught.value)
     assert caught.value.remedy
-    state = serving_old.state()
+    state = place.state()
     assert (state.phase, state.version) == ("failed", models.new.version)
     assert state.reason in str(caught.value)
-    serving_old.kserve.gateway = True
+    mend(place, models)
+    until(lambda: place.only(models.old))
+    assert place.deploy(models.new, replace(STEPS, steps=())) == "canary"
+    until(lambda: place.only(models.new))
+
+
+def mend(place: Place, models: Models) -> None:
+    place.kserve.fates.clear()
+    place.kserve.gateway, place.kserve.asleep = True, False
+    place.network.failing, place.network.broken = {}, {}
+    place.network.watch = lambda path: None
+    place.network._runtimes = dict(models.urls)
 
 
 def test_other_boxes_than_the_golden_ones_get_no_traffic(serving_old: Place, models: Models, tmp_path: Path) -> None:
@@ -377,6 +390,7 @@ def test_a_shadow_of_somebody_else_is_left_alone(without_gateway: Place, models:
     with pytest.raises(DeployRefused, match="is somebody's, and we need that name"):
         place.deploy(models.new)
     assert place.service("entrance-shadow")["spec"]["predictor"]["model"]["storageUri"] == "s3://theirs"
+    assert place.state().phase == "done", "nothing was begun"
 
 
 def test_boxes_that_differ_after_the_pods_were_replaced_take_it_back(without_gateway: Place, models: Models) -> None:

@@ -257,6 +257,19 @@ def test_a_former_model_whose_storage_is_gone_does_not_stop_the_next_run(
     until(lambda: place.only(models.new))
 
 
+def test_a_person_who_interrupts_leaves_no_canary_unwatched(
+    serving_old: Place, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(job: object, way: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(canary, "_still_there", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        serving_old.deploy(models.new, SHORT)
+    until(lambda: serving_old.only(models.old))
+    assert serving_old.state().reason == "it was interrupted by a person"
+
+
 # --- leases and clocks -----------------------------------------------------------------------------------------------
 
 
