@@ -103,13 +103,14 @@ class Backend:
 
 @dataclass(frozen=True)
 class _Source:
-    """A model folder with what every way of opening it needs."""
+    """A model folder with what every way of opening it needs; `boxes` is the number of its golden boxes."""
 
     folder: Path
     model: ModelFolder
     threads: int
     streams: int
     head: Head
+    boxes: int
 
     @property
     def graph(self) -> bytes:
@@ -148,7 +149,8 @@ def open_backend(folder: Path, model: ModelFolder, options: BackendOptions) -> B
     cv2.setNumThreads(1)
     threads, streams = _shares(options, granted_cpus().threads)
     head = read_head(onnx_session(folder / "model.onnx", 1), len(model.classes))
-    source = _Source(folder, model, threads, streams, head)
+    boxes = sum(len(image.expected) for image in read_golden(folder)) if model.golden else 0
+    source = _Source(folder, model, threads, streams, head, boxes)
     refused: list[str] = []
     found = [_first(openers, source, refused) for openers in _openers(options, model)]
     good = [item for item in found if item is not None]
@@ -161,6 +163,12 @@ def open_backend(folder: Path, model: ModelFolder, options: BackendOptions) -> B
     chosen = replace(chosen, reason="; ".join([chosen.reason, *refused]))
     how = f"{chosen.engine} {chosen.provider} {chosen.precision}, {chosen.streams} x {chosen.threads} threads"
     say(f"backend {how}: {chosen.reason}")
+    if not boxes:
+        shown = f"none of its {model.golden} golden images has a box" if model.golden else "it has no golden images"
+        say(
+            f"WARNING: nothing proves that {model.name} {model.version} finds anything here: {shown}. "
+            "Export it again with pictures in which it finds something."
+        )
     return chosen
 
 
@@ -234,6 +242,8 @@ def _proven(backend: Backend, source: _Source) -> Backend:
 
 def _selective(source: _Source) -> Backend:
     """onnxruntime on the network in parts, or with less work where it cannot be taken apart."""
+    if not source.boxes:
+        raise ModelError("no golden box could prove it")
     parts = source.parts()
     if parts is None:
         network = _only(_onnx(lighten(source.graph), source.threads))

@@ -37,7 +37,7 @@ def model_metadata(name: str, engine: Engine) -> dict[str, Any]:
         name: what it is served as.
         engine: the model.
     """
-    model = engine.model
+    model, proof = engine.model, engine.backend.golden
     return {
         "name": name,
         "versions": [model.version],
@@ -48,6 +48,8 @@ def model_metadata(name: str, engine: Engine) -> dict[str, Any]:
             "classes": list(model.classes),
             "thresholds": dict(zip(model.classes, model.limits(), strict=True)),
             "imgsz": model.imgsz,
+            # What it gave on this machine before it was ready; without a box nothing is proven.
+            "proof": {"golden_images": proof.images if proof else 0, "golden_boxes": proof.boxes if proof else 0},
             "input_forms": [
                 {"datatype": datatype, "shapes": [list(shape) for shape in shapes], "content": _CONTENT[datatype]}
                 for datatype, shapes in INPUT_FORMS.items()

@@ -234,6 +234,7 @@ def _state_schemas(name: dict[str, Any]) -> dict[str, Any]:
                         "classes": _list(_TEXT),
                         "thresholds": {"type": "object", "additionalProperties": _NUMBER},
                         "imgsz": _COUNT,
+                        "proof": _object({"golden_images": _COUNT, "golden_boxes": _COUNT}),
                         "input_forms": _list(
                             _object({"datatype": _TEXT, "shapes": _list(_list({"type": "integer"})), "content": _TEXT})
                         ),

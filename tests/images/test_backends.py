@@ -178,6 +178,25 @@ def test_without_golden_images_the_graph_is_served_as_it_stands(tmp_path: Path) 
     assert backend.golden is None
 
 
+def test_golden_images_without_a_box_prove_nothing_faster_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = replace(tiny_model_folder(tmp_path, ["person"]), golden=1)
+    path = tmp_path / "golden" / "golden.json"
+    proven = open_backend(tmp_path, replace(model, golden=2), ONLY_ONNX)
+    assert proven.reason == "the rewritten graph" and "WARNING" not in capsys.readouterr().err
+    golden = read_json(path)
+    golden["images"] = [row for row in golden["images"] if not row["boxes"]]
+    write_json(path, golden)
+
+    backend = open_backend(tmp_path, model, ONLY_ONNX)
+
+    assert backend.reason == "the graph as it stands; not selective: no golden box could prove it"
+    assert backend.golden is not None and (backend.golden.images, backend.golden.boxes) == (1, 0)
+    assert "WARNING: nothing proves that tiny" in (told := capsys.readouterr().err)
+    assert "none of its 1 golden images has a box" in told
+
+
 def test_a_graph_that_cannot_be_taken_apart_is_served_too(tmp_path: Path) -> None:
     model = tiny_model_folder(tmp_path, ["person"])
 

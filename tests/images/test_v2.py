@@ -352,6 +352,7 @@ def test_metadata_tells_what_is_served(server: Running) -> None:
     model = httpx.get(f"{server.url}/v2/models/door").json()
     assert (model["name"], model["versions"], model["platform"]) == ("door", [server.version], "haechi_yolo")
     assert model["properties"]["classes"] == ["person", "dog"]
+    assert model["properties"]["proof"] == {"golden_images": 2, "golden_boxes": 2}
     assert model["inputs"] == [{"name": "images", "datatype": "BYTES", "shape": [-1]}]
     assert httpx.get(f"{server.url}/v2/models/door/versions/{server.version}").json() == model
 
