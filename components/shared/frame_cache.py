@@ -57,6 +57,7 @@ class FrameCache:
         self._began = time.time()
         self._lock = threading.Lock()
         self._closed = False
+        self._coming = 0  # bytes that threads are about to write
         self._sweep()
 
     @classmethod
@@ -116,20 +117,25 @@ class FrameCache:
         Returns:
             Whether it is there now.
         """
+        with self._lock:
+            self._coming += len(data)
         try:
             with self._lock:
-                if self._closed or not self._make_room(len(data)):
+                if self._closed or not self._make_room():
                     return False
             write_bytes(self.path(frame), data)
         except (StorageError, OSError) as error:
             self._close(str(error))
             return False
+        finally:
+            with self._lock:
+                self._coming -= len(data)
         return True
 
-    def _make_room(self, size: int) -> bool:
+    def _make_room(self) -> bool:
         disk = shutil.disk_usage(self.folder)
         floor = min(disk.total // _FREE_SHARE, _FREE_MOST)
-        lacking = floor + size - disk.free
+        lacking = floor + self._coming - disk.free
         # Some more than is needed at this moment, or every frame would have to look through all of them.
         if lacking > 0 and self._evict(lacking + floor // 2) < lacking:
             self._close(f"the disk has {disk.free >> 20} MiB free, and {floor >> 20} MiB shall stay so")

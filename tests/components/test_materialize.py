@@ -177,20 +177,23 @@ class TestCache:
         results = [materialize(rows, CLASSES, tmp_path / name, store, cache=tiny_disk / "cache") for name in "ab"]
         assert results[0].fetched == 14
         # What was used in this run is not put away for the rest of it, so the next one finds a part and not nothing.
-        assert 6 <= results[1].cached <= 9
+        assert 4 <= results[1].cached <= 9
         disk = shutil.disk_usage(tiny_disk)
         assert disk.free >= disk.total // 10
         assert "takes no more frames" in capsys.readouterr().err
 
-    def test_puts_away_what_nobody_used_for_longest(self, store: Store, tiny_disk: Path, tmp_path: Path) -> None:
+    def test_puts_away_what_nobody_used_for_longest(
+        self, store: Store, settings: Settings, tiny_disk: Path, tmp_path: Path
+    ) -> None:
         cache = tiny_disk / "cache"
+        alone = Store(replace(settings, workers=1))  # several at a time make room for all of them, so for more
         rows = [add(store, n, "train", data=os.urandom(100_000)) for n in range(12)]
         old, used, new = rows[:4], rows[4:8], rows[8:]
         for name, some in (("a", old), ("b", used)):
-            materialize(some, CLASSES, tmp_path / name, store, cache=cache)
+            materialize(some, CLASSES, tmp_path / name, alone, cache=cache)
         for row in old:
             os.utime(cache / row.sha256[:2] / f"{row.sha256}.jpg", (0, 0))
-        materialize(new, CLASSES, tmp_path / "c", store, cache=cache)
+        materialize(new, CLASSES, tmp_path / "c", alone, cache=cache)
         kept = {path.stem for path in cache.rglob("*.jpg")}
         assert kept >= {row.sha256 for row in (*used, *new)}
         assert not kept & {row.sha256 for row in old}
