@@ -6,9 +6,6 @@ it is the graph as it stands in onnxruntime, which is also what evaluate, label 
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,27 +18,29 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from haechi.components.shared.cpus import granted_cpus
-from haechi.components.shared.detections import Detector, Head, onnx_session, read_head
+from haechi.components.shared.detections import onnx_session, read_head
 from haechi.components.shared.errors import HaechiError, InputError, IntegrityError, ModelError, SettingsError
 from haechi.components.shared.images import decode
 from haechi.components.shared.model_folder import GOLDEN_CONF, ModelFolder, check_golden, read_golden
-from haechi.components.shared.parity import Agreement, Tolerance
+from haechi.components.shared.parity import Tolerance
 from haechi.components.shared.progress import say
 
-from .graph import Parts, lighten, take_apart
-from .selective import SelectiveNetwork
+from .openers import (
+    CUDA,
+    Backend,
+    Source,
+    cuda,
+    openvino_bf16,
+    openvino_fp32,
+    openvino_installed,
+    selective,
+    whole,
+)
 
-__all__ = ["ENGINES", "PRECISIONS", "Backend", "BackendOptions", "open_backend"]
-
-Floats = NDArray[np.float32]
-_Network = Callable[[Floats], Floats]
-_Outputs = Callable[[Floats], list[Floats]]
+__all__ = ["ENGINES", "PRECISIONS", "BackendOptions", "open_backend"]
 
 ENGINES = ("auto", "onnxruntime", "openvino")
 PRECISIONS = ("auto", "fp32", "bf16")
-_ONNX = "onnxruntime"
-_CPU = "CPUExecutionProvider"
-_CUDA = "CUDAExecutionProvider"
 _MOST_STREAMS = 8  # beyond that, threads go into a run: each stream has memory of its own
 # A handful of golden images speaks for all frames only if it leaves room: measured on 100 frames, a network whose
 # golden images use up the whole tolerance fails on every second one.
@@ -76,59 +75,7 @@ class BackendOptions:
             raise InputError("onnxruntime has no bf16 for processors", "Choose the engine openvino, or fp32.")
 
 
-@dataclass(frozen=True)
-class Backend:
-    """How the network is run.
-
-    Attributes:
-        engine: `onnxruntime` or `openvino`.
-        provider: onnxruntime's name for where it runs, or OpenVINO's device.
-        precision: `fp32` or `bf16`.
-        threads: compute threads of one run.
-        streams: threads that may call the detector at the same time.
-        reason: why this one was chosen.
-        detector: the network with its pre- and post-processing.
-        golden: what the golden images gave; None where there are none.
-    """
-
-    engine: str
-    provider: str
-    precision: str
-    threads: int
-    streams: int
-    reason: str
-    detector: Detector
-    golden: Agreement | None = None
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A model folder with what every way of opening it needs; `boxes` is the number of its golden boxes."""
-
-    folder: Path
-    model: ModelFolder
-    threads: int
-    streams: int
-    head: Head
-    boxes: int
-
-    @property
-    def graph(self) -> bytes:
-        return (self.folder / "model.onnx").read_bytes()
-
-    def parts(self) -> Parts | None:
-        """The network in parts, where it can be taken apart and takes any number of images."""
-        return take_apart(self.graph) if self.head.kind == "dense" and self.head.batch == 0 else None
-
-    def backend(self, engine: str, provider: str, precision: str, reason: str, network: _Network) -> Backend:
-        """The description around a network."""
-        above = network if isinstance(network, SelectiveNetwork) else None
-        model = self.model
-        detector = Detector(network, self.head, model.classes, model.imgsz, model.stride, above)
-        return Backend(engine, provider, precision, self.threads, self.streams, reason, detector)
-
-
-_Opener = Callable[[_Source], Backend]
+_Opener = Callable[[Source], Backend]
 
 
 def open_backend(folder: Path, model: ModelFolder, options: BackendOptions) -> Backend:
@@ -150,7 +97,7 @@ def open_backend(folder: Path, model: ModelFolder, options: BackendOptions) -> B
     threads, streams = _shares(options, granted_cpus().threads)
     head = read_head(onnx_session(folder / "model.onnx", 1), len(model.classes))
     boxes = sum(len(image.expected) for image in read_golden(folder)) if model.golden else 0
-    source = _Source(folder, model, threads, streams, head, boxes)
+    source = Source(folder, model, threads, streams, head, boxes)
     refused: list[str] = []
     found = [_first(openers, source, refused) for openers in _openers(options, model)]
     good = [item for item in found if item is not None]
@@ -187,21 +134,21 @@ def _openers(options: BackendOptions, model: ModelFolder) -> list[list[_Opener]]
                 f"model {model.name} has no golden images that could prove another engine or precision",
                 "Export it with images (`haechi export --images`), or choose the engine onnxruntime.",
             )
-        return [[_whole]]
-    if demanded and not _openvino_installed():
+        return [[whole]]
+    if demanded and not openvino_installed():
         raise SettingsError("OpenVINO is not installed", "Install haechi[openvino], or choose another engine.")
-    openvino: list[_Opener] = [] if options.precision == "fp32" else [_openvino_bf16]
+    openvino: list[_Opener] = [] if options.precision == "fp32" else [openvino_bf16]
     if demanded:
         # Measured slower than onnxruntime at the same precision, so float32 must be asked for.
-        return [[*openvino, *([] if options.precision == "bf16" else [_openvino_fp32])]]
-    gpu: list[_Opener] = [_cuda] if _CUDA in ort.get_available_providers() else []
-    offers: list[list[_Opener]] = [[*gpu, _selective, _whole]]
-    if options.engine == "auto" and openvino and not gpu and _openvino_installed():
+        return [[*openvino, *([] if options.precision == "bf16" else [openvino_fp32])]]
+    gpu: list[_Opener] = [cuda] if CUDA in ort.get_available_providers() else []
+    offers: list[list[_Opener]] = [[*gpu, selective, whole]]
+    if options.engine == "auto" and openvino and not gpu and openvino_installed():
         offers.append(openvino)
     return offers
 
 
-def _first(openers: Sequence[_Opener], source: _Source, refused: list[str]) -> Backend | None:
+def _first(openers: Sequence[_Opener], source: Source, refused: list[str]) -> Backend | None:
     """The first that opens and gives the golden boxes."""
     for opener in openers:
         try:
@@ -215,7 +162,7 @@ def _first(openers: Sequence[_Opener], source: _Source, refused: list[str]) -> B
     return None
 
 
-def _proven(backend: Backend, source: _Source) -> Backend:
+def _proven(backend: Backend, source: Source) -> Backend:
     """The backend with its golden agreement.
 
     Raises:
@@ -240,100 +187,7 @@ def _proven(backend: Backend, source: _Source) -> Backend:
     return replace(backend, golden=result)
 
 
-def _selective(source: _Source) -> Backend:
-    """onnxruntime on the network in parts, or with less work where it cannot be taken apart."""
-    if not source.boxes:
-        raise ModelError("no golden box could prove it")
-    parts = source.parts()
-    if parts is None:
-        network = _only(_onnx(lighten(source.graph), source.threads))
-        return source.backend(_ONNX, _CPU, "fp32", "the rewritten graph", network)
-    return source.backend(
-        _ONNX,
-        _CPU,
-        "fp32",
-        "boxes only where a class scores",
-        _assemble(parts, _onnx(parts.trunk, source.threads), source),
-    )
-
-
-def _whole(source: _Source) -> Backend:
-    """onnxruntime on the graph as it stands."""
-    network = _only(_onnx(source.graph, source.threads))
-    return source.backend(_ONNX, _CPU, "fp32", "the graph as it stands", network)
-
-
-def _cuda(source: _Source) -> Backend:
-    """onnxruntime on an NVIDIA GPU, in full float32. Not run by the tests: no GPU there."""
-    # TensorFloat-32, the default, rounds products to 10 bits.
-    session = onnx_session(source.graph, source.threads, [(_CUDA, {"use_tf32": "0"}), _CPU])
-    # onnxruntime goes on without the GPU where a library is missing.
-    if session.get_providers()[0] != _CUDA:
-        raise ModelError("onnxruntime's CUDA libraries cannot be loaded")
-    name = source.head.input_name
-    return source.backend(_ONNX, _CUDA, "fp32", "a GPU is there", lambda batch: session.run(None, {name: batch})[0])
-
-
-def _openvino_bf16(source: _Source) -> Backend:
-    """OpenVINO in bfloat16, where the processor multiplies it."""
-    return _openvino(source, "bf16")
-
-
-def _openvino_fp32(source: _Source) -> Backend:
-    """OpenVINO in float32."""
-    return _openvino(source, "fp32")
-
-
-def _openvino(source: _Source, precision: str) -> Backend:
-    # Its telemetry would fork this process at the import, to tell Google Analytics of it.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino  # type: ignore[import-untyped]
-
-    core = openvino.Core()
-    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise ModelError("this processor has no bf16")
-    config = {
-        "NUM_STREAMS": source.streams,
-        "INFERENCE_NUM_THREADS": source.threads * source.streams,
-        "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else precision,
-        # The container's CPUs are not its own to pin.
-        "ENABLE_CPU_PINNING": False,
-    }
-    parts = source.parts()
-    compiled = core.compile_model(core.read_model(parts.trunk if parts else source.graph), "CPU", config)
-    here = threading.local()
-
-    def run(batch: Floats) -> list[Floats]:
-        if not hasattr(here, "request"):  # a request serves one caller at a time
-            here.request = compiled.create_infer_request()
-        here.request.infer([batch], share_inputs=True)
-        return [here.request.get_output_tensor(index).data.copy() for index in range(len(compiled.outputs))]
-
-    network = _assemble(parts, run, source) if parts else _only(run)
-    return source.backend("openvino", "CPU", precision, f"OpenVINO at {precision}", network)
-
-
-def _assemble(parts: Parts, trunk: _Outputs, source: _Source) -> SelectiveNetwork:
-    """The network of a trunk and onnxruntime's branches, which work on too little for another engine to matter."""
-    branches = [(_only(_onnx(branch.model, 1)), branch.margin) for branch in parts.branches]
-    return SelectiveNetwork(trunk, branches, parts.bins)
-
-
-def _onnx(graph: bytes, threads: int) -> _Outputs:
-    session = onnx_session(graph, threads)
-    name = session.get_inputs()[0].name
-    return lambda batch: session.run(None, {name: batch})
-
-
-def _only(run: _Outputs) -> _Network:
-    return lambda batch: run(batch)[0]
-
-
-def _openvino_installed() -> bool:
-    return importlib.util.find_spec("openvino") is not None
-
-
-def _faster(backends: Sequence[Backend], source: _Source, refused: list[str]) -> Backend:
+def _faster(backends: Sequence[Backend], source: Source, refused: list[str]) -> Backend:
     """The one with most images a second on the golden images."""
     images = [decode(image.data) for image in read_golden(source.folder)]
     rates = [_rate(backend, images) for backend in backends]

@@ -16,9 +16,10 @@ from haechi.components.shared.errors import DeadlineError, InputError, NotFoundE
 from haechi.components.shared.images import decode
 from haechi.components.shared.model_folder import ModelFolder
 
-from .backends import Backend, open_backend
+from .backends import open_backend
 from .batching import Batcher, batching_gain
 from .inference import MAX_DET, MIN_CONF, Image, InferenceRequest, Parameters, Prediction
+from .openers import Backend
 from .sampling import MARGIN
 from .settings import ServingSettings
 from .stages import Stages

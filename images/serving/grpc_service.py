@@ -6,56 +6,32 @@ here is registered, and reflection tells of nothing else.
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
 from operator import methodcaller
 from typing import Any
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 from tritonclient.grpc import service_pb2 as pb
 
-from haechi.components.shared.errors import DeadlineError, HaechiError, InputError, NotReadyError, OverloadError
+from haechi.components.shared.errors import NotReadyError
 
+from .grpc_calls import ARRIVING, Arriving, Context, Message, Read, Unary, Work
 from .grpc_health import HEALTH, OPEN_STREAMS, REFLECTION, Health, Reflection, reflected
 from .inference import InferenceRequest
 from .metadata import model_metadata, server_metadata
 from .service import REQUEST_ID, Call, Role, Service
 from .swap import Swapper
 from .v2_grpc import GrpcExchange
-from .wire import check_size
 
 __all__ = ["GrpcSide"]
 
 _INFERENCE = "inference.GRPCInferenceService"
 _SPARE = 64  # RPCs at the same time beyond those of the pool, those whose message still arrives, and open streams
-_ARRIVING = 64
 _CONNECTIONS = 384  # with those of HTTP still below the usual 1,024 files
-_MESSAGE_SECONDS = 60.0
-_DETAILS = 1000  # characters of an error; the trailer that carries it may have 8 KiB
-_CODES = {
-    400: grpc.StatusCode.INVALID_ARGUMENT,
-    401: grpc.StatusCode.UNAUTHENTICATED,
-    403: grpc.StatusCode.PERMISSION_DENIED,
-    404: grpc.StatusCode.NOT_FOUND,
-    409: grpc.StatusCode.FAILED_PRECONDITION,
-    422: grpc.StatusCode.INVALID_ARGUMENT,
-    503: grpc.StatusCode.UNAVAILABLE,
-    504: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
 
-_Message = Any  # protobuf's, which have no types of their own here
-_Context = Any  # grpc.aio.ServicerContext
-_Messages = Any  # its iterator of bytes, whose own iterator is a generator
-_Read = Callable[[], Awaitable[_Message]]
-_Work = Callable[[Call, _Read, _Context], Awaitable[_Message]]
-_Methods = dict[str, tuple[Any, _Work]]
-
-_log = logging.getLogger(__name__)
+_Methods = dict[str, tuple[Any, Work]]
 
 
 class GrpcSide:
@@ -90,11 +66,11 @@ class GrpcSide:
                 ("grpc.max_connection_idle_ms", 300_000),
                 ("grpc.server_handshake_timeout_ms", 10_000),
             ],
-            maximum_concurrent_rpcs=service.pool.workers + service.pool.queue + _ARRIVING + OPEN_STREAMS + _SPARE,
+            maximum_concurrent_rpcs=service.pool.workers + service.pool.queue + ARRIVING + OPEN_STREAMS + _SPARE,
         )
-        arriving = _Arriving()
+        arriving = Arriving()
         inference = _Inference(service, arriving, swapper).handlers()
-        check = _Unary(service, arriving, HEALTH, "Check", HealthCheckRequest, self._health.check).handler()
+        check = Unary(service, arriving, HEALTH, "Check", HealthCheckRequest, self._health.check).handler()
         health = {
             "Check": check,
             "Watch": grpc.unary_stream_rpc_method_handler(
@@ -117,110 +93,10 @@ class GrpcSide:
         await self._server.stop(seconds)
 
 
-class _Arriving:
-    """Messages that are waited for: where there are too many, the one that has taken longest is given up.
-
-    So that nobody who opens RPCs and sends nothing can keep probes and others out.
-    """
-
-    def __init__(self, most: int = _ARRIVING) -> None:
-        self._most = most
-        self._limits: dict[asyncio.Timeout, None] = {}
-
-    async def wait(self, message: Awaitable[bytes]) -> bytes:
-        """The message.
-
-        Raises:
-            TimeoutError: it took too long, or longest of too many.
-        """
-        async with asyncio.timeout(_MESSAGE_SECONDS) as limit:
-            self._limits[limit] = None
-            if len(self._limits) > self._most:
-                oldest = next(iter(self._limits))
-                del self._limits[oldest]
-                oldest.reschedule(0)
-            try:
-                return await message
-            finally:
-                self._limits.pop(limit, None)
-
-
-class _Unary:
-    """An RPC of one message for one message: one `Call`, and errors as status codes.
-
-    It is registered as one that takes a stream of messages, which is the same on the wire: so the caller is checked
-    before a message is taken in, and an RPC whose message never comes ends by itself.
-
-    Args:
-        service: what answers.
-        arriving: the messages that all RPCs wait for.
-        place, method: full name of the gRPC service, and the method's.
-        kind: class of the request's message.
-        work: answers; reads the message when it wants it, or raises what `_status` knows.
-    """
-
-    def __init__(
-        self,
-        service: Service,
-        arriving: _Arriving,
-        place: str,
-        method: str,
-        kind: Any,
-        work: _Work,
-    ) -> None:
-        self._service = service
-        self._arriving = arriving
-        self._path = f"/{place}/{method}"
-        self._kind = kind
-        self._work = work
-
-    def handler(self) -> grpc.RpcMethodHandler:
-        """As grpc registers it; messages come as bytes, so that a malformed one is answered as all else that is."""
-        return grpc.stream_unary_rpc_method_handler(self._handle, None, methodcaller("SerializeToString"))
-
-    async def _handle(self, messages: _Messages, context: _Context) -> _Message:
-        call = Call("grpc", self._path)
-        call.identify({key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)})
-        with self._service.observed(call):
-            try:
-                answer = await self._work(call, lambda: self._read(call, messages), context)
-            except asyncio.CancelledError:
-                call.status = grpc.StatusCode.CANCELLED.value[0]
-                raise
-            except Exception as error:
-                call.error = error
-                code, details = _status(error, self._path)
-                call.status = code.value[0]
-                context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-                await context.abort(code, details)
-            context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-            return answer
-
-    async def _read(self, call: Call, messages: _Messages) -> _Message:
-        try:
-            # Closed, or the library's own record of a refusal would hold the message until the next garbage collection.
-            received: Any = aiter(messages)
-            async with aclosing(received) as stream:
-                data = await self._arriving.wait(anext(stream))
-        except TimeoutError:
-            raise DeadlineError("the message did not arrive in time", "Send it faster.") from None
-        except StopAsyncIteration:
-            raise InputError("the RPC holds no message", f"Send one {self._kind.DESCRIPTOR.name}.") from None
-        call.bytes_in = len(data)
-        self._service.hold(call, len(data))
-        check_size(data, self._kind.DESCRIPTOR)
-        try:
-            return self._kind.FromString(data)
-        except DecodeError:
-            raise InputError(
-                f"the message is no {self._kind.DESCRIPTOR.name}", "Make it from the .proto file."
-            ) from None
-
-
 class _Inference:
     """The methods of GRPCInferenceService."""
 
-    def __init__(self, service: Service, arriving: _Arriving, swapper: Swapper | None) -> None:
+    def __init__(self, service: Service, arriving: Arriving, swapper: Swapper | None) -> None:
         self._service = service
         self._arriving = arriving
         self._models = service.models
@@ -238,17 +114,17 @@ class _Inference:
             **self._repository,
         }
         return {
-            name: _Unary(self._service, self._arriving, _INFERENCE, name, kind, work).handler()
+            name: Unary(self._service, self._arriving, _INFERENCE, name, kind, work).handler()
             for name, (kind, work) in methods.items()
         }
 
-    async def _live(self, call: Call, read: _Read, context: _Context) -> _Message:
+    async def _live(self, call: Call, read: Read, context: Context) -> Message:
         return pb.ServerLiveResponse(live=True)
 
-    async def _ready(self, call: Call, read: _Read, context: _Context) -> _Message:
+    async def _ready(self, call: Call, read: Read, context: Context) -> Message:
         return pb.ServerReadyResponse(ready=self._models.ready)
 
-    async def _model_ready(self, call: Call, read: _Read, context: _Context) -> _Message:
+    async def _model_ready(self, call: Call, read: Read, context: Context) -> Message:
         message = await read()
         try:
             self._models.find(message.name, message.version)
@@ -256,17 +132,17 @@ class _Inference:
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=True)
 
-    async def _server_metadata(self, call: Call, read: _Read, context: _Context) -> _Message:
+    async def _server_metadata(self, call: Call, read: Read, context: Context) -> Message:
         return pb.ServerMetadataResponse(**server_metadata())
 
-    async def _model_metadata(self, call: Call, read: _Read, context: _Context) -> _Message:
+    async def _model_metadata(self, call: Call, read: Read, context: Context) -> Message:
         await self._allow(call, context, Role.PREDICT)
         message = await read()
         told = model_metadata(message.name, self._models.find(message.name, message.version))
         told.pop("properties")  # the protocol's message has no place for them
         return pb.ModelMetadataResponse(**told)
 
-    async def _infer(self, call: Call, read: _Read, context: _Context) -> _Message:
+    async def _infer(self, call: Call, read: Read, context: Context) -> Message:
         headers = await self._allow(call, context, Role.PREDICT)
         message = await read()
         if REQUEST_ID not in headers:
@@ -282,7 +158,7 @@ class _Inference:
         seconds = context.time_remaining()
         return await self._service.infer(call, name, version, parse, exchange.answer, seconds)
 
-    async def _allow(self, call: Call, context: _Context, role: Role) -> dict[str, str]:
+    async def _allow(self, call: Call, context: Context, role: Role) -> dict[str, str]:
         """The headers, once their sender may."""
         headers = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         call.caller = await self._service.access.check(headers, role)
@@ -292,7 +168,7 @@ class _Inference:
 class _Repository:
     """The methods of the model repository extension; all of them want the role `admin`."""
 
-    def __init__(self, swapper: Swapper, allow: Callable[[Call, _Context, Role], Awaitable[object]]) -> None:
+    def __init__(self, swapper: Swapper, allow: Callable[[Call, Context, Role], Awaitable[object]]) -> None:
         self._swapper = swapper
         self._allow = allow
 
@@ -304,29 +180,19 @@ class _Repository:
             "RepositoryModelUnload": (pb.RepositoryModelUnloadRequest, self._unload),
         }
 
-    async def _index(self, call: Call, read: _Read, context: _Context) -> _Message:
+    async def _index(self, call: Call, read: Read, context: Context) -> Message:
         await self._allow(call, context, Role.ADMIN)
         only_ready = (await read()).ready
         rows = [row for row in self._swapper.index() if row["state"] == "READY" or not only_ready]
         return pb.RepositoryIndexResponse(models=[pb.RepositoryIndexResponse.ModelIndex(**row) for row in rows])
 
-    async def _load(self, call: Call, read: _Read, context: _Context) -> _Message:
+    async def _load(self, call: Call, read: Read, context: Context) -> Message:
         await self._allow(call, context, Role.ADMIN)
         message = await read()
         await self._swapper.load(message.model_name, bool(message.parameters))
         return pb.RepositoryModelLoadResponse()
 
-    async def _unload(self, call: Call, read: _Read, context: _Context) -> _Message:
+    async def _unload(self, call: Call, read: Read, context: Context) -> Message:
         await self._allow(call, context, Role.ADMIN)
         self._swapper.unload((await read()).model_name)
         return pb.RepositoryModelUnloadResponse()
-
-
-def _status(error: Exception, path: str) -> tuple[grpc.StatusCode, str]:
-    """Code and details of an error; those of our own failures stay in the log."""
-    if isinstance(error, OverloadError):
-        return grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
-    if isinstance(error, HaechiError) and error.http_status in _CODES:
-        return _CODES[error.http_status], str(error)[:_DETAILS]
-    _log.error("%s failed", path, exc_info=error)
-    return grpc.StatusCode.INTERNAL, "internal error; the server's log has the details"

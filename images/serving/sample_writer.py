@@ -9,35 +9,25 @@ A name is made once, so that a write that is repeated writes the same object. do
 
 from __future__ import annotations
 
-import json
 import socket
 import threading
 import time
 import uuid
 from collections import defaultdict, deque
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-import cv2
-import numpy as np
-
 from haechi.components.shared.errors import StorageError
-from haechi.components.shared.files import sha256_bytes
-from haechi.components.shared.images import EXTENSIONS, sniff
-from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.progress import say
 
-from .inference import Image, Parameters, Prediction
-from .sample_counts import Counts, Row
-from .sampling import MARGIN, Decision, Design
+from .sample_counts import Counts
+from .sample_record import FORMAT_VERSION, Sample, compact_json, encoded, record
 
 if TYPE_CHECKING:  # the S3 client is loaded only where samples are kept
     from haechi.components.shared.storage import Store
 
-__all__ = ["Origin", "Sample", "SampleWriter"]
+__all__ = ["SampleWriter"]
 
-FORMAT_VERSION = 1
 MAX_ITEMS = 256
 MAX_HELD = 32 * 2**20
 _ATTEMPTS = 6
@@ -45,55 +35,6 @@ _COUNTS_SECONDS = 300.0
 _FLUSH_SECONDS = 5.0
 _LAST_SECONDS = 3.0  # after those, for the sample at hand and the counts: without them the others say little
 _TYPES = {"jpg": "image/jpeg", "png": "image/png", "bmp": "image/bmp", "webp": "image/webp", "tif": "image/tiff"}
-_MODEL = ("name", "version", "onnx_sha256", "run_id", "dataset_digest")
-_PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What the samples of one call share.
-
-    Attributes:
-        row: service, camera-hour and model version.
-        model, parameters: what answered, and what the request chose for itself.
-        design: the rates.
-        moment: when it was answered, UTC.
-        request_id, protocol, camera: as in Call.
-        images: how many the request held.
-    """
-
-    row: Row
-    model: ModelFolder
-    parameters: Parameters
-    design: Design
-    moment: datetime
-    request_id: str
-    protocol: str
-    camera: str
-    images: int
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image that is to be kept.
-
-    Attributes:
-        origin: the call that it came with.
-        place: its place among the call's images, from 0.
-        image: as the request gave it.
-        held: bytes of memory that it takes until it is written.
-        prediction: what was answered.
-        decision: why it is kept, and how probable that was.
-        seen: images of its row that this process had seen, this one included.
-    """
-
-    origin: Origin
-    place: int
-    image: Image
-    held: int
-    prediction: Prediction
-    decision: Decision
-    seen: int
 
 
 class SampleWriter:
@@ -191,15 +132,15 @@ class SampleWriter:
         clock = f"{moment:%H%M%S}-{moment.microsecond // 1000:03}"
         stem = f"{_day(row.service, f'{moment:%Y-%m-%d}')}/{row.camera}/{clock}-{self._process}-{number:06}"
         try:
-            image, extension = _encoded(sample.image)
-            record = self._record(sample, f"{stem}.{extension}", image)
+            image, extension = encoded(sample.image)
+            told = record(sample, f"{stem}.{extension}", image, self._pod, self._process)
         # One image that cannot be written must not end the thread.
         except Exception as error:
             say(f"samples: one cannot be written ({error!r})")
             return "dropped_error"
         # The image first: who finds a record finds its image.
         stored = self._put(f"{stem}.{extension}", image, _TYPES[extension])
-        stored = stored and self._put(f"{stem}.json", record, "application/json")
+        stored = stored and self._put(f"{stem}.json", told, "application/json")
         return "stored" if stored else "dropped_store"
 
     def _put(self, key: str, data: bytes, content_type: str) -> bool:
@@ -221,45 +162,6 @@ class SampleWriter:
             self._failures = 0
             return True
         return False
-
-    def _record(self, sample: Sample, key: str, data: bytes) -> bytes:
-        origin, decision, model = sample.origin, sample.decision, sample.origin.model
-        return _json(
-            {
-                "format_version": FORMAT_VERSION,
-                "request_id": origin.request_id,
-                "protocol": origin.protocol,
-                "place": sample.place,
-                "images": origin.images,
-                "time": origin.moment.isoformat(timespec="milliseconds"),
-                "camera": origin.camera,
-                "camera_folder": origin.row.camera,
-                "service": origin.row.service,
-                "pod": self._pod,
-                "process": self._process,
-                "seen": sample.seen,
-                "model": {"served_as": origin.row.model} | {name: getattr(model, name) for name in _MODEL},
-                "thresholds": model.thresholds,
-                "parameters": asdict(origin.parameters),
-                "image": {
-                    "key": key,
-                    "sha256": sha256_bytes(data),
-                    "bytes": len(data),
-                    "format": sniff(data),
-                    "came_as": str(sample.image.dtype) if isinstance(sample.image, np.ndarray) else "encoded",
-                    "width": sample.prediction.width,
-                    "height": sample.prediction.height,
-                },
-                "detections": sample.prediction.detections.to_list(model.classes),
-                "below": below.to_list(model.classes) if (below := sample.prediction.below) else [],
-                "reasons": decision.reasons,
-                "probability": decision.probability,
-                "probability_random": decision.random,
-                "probability_uncertain": decision.uncertain,
-                "thinning": decision.thinning,
-                "design": asdict(origin.design) | {"margin": MARGIN},
-            }
-        )
 
     def _write_counts(self) -> None:
         """Write what was frozen before and then what has come since; what fails keeps its name and content."""
@@ -291,21 +193,10 @@ class SampleWriter:
                 "rows": rows,
             }
             number, self._numbers = self._numbers, self._numbers + 1
-            self._frozen.append((f"{_day(service, day)}/_counts/{self._process}-{number:06}.json", _json(content)))
+            self._frozen.append(
+                (f"{_day(service, day)}/_counts/{self._process}-{number:06}.json", compact_json(content))
+            )
 
 
 def _day(service: str, day: str) -> str:
     return f"predictions/{service}/dt={day}"
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _encoded(image: Image) -> tuple[bytes, str]:
-    """Bytes and extension: encoded images as they came, tensors as PNG, which loses nothing of what the network saw."""
-    if not isinstance(image, np.ndarray):
-        return image, EXTENSIONS[str(sniff(image))]
-    pixels = image if image.dtype == np.uint8 else np.rint(image * 255).astype(np.uint8).transpose(1, 2, 0)
-    _, data = cv2.imencode(".png", cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2BGR), _PNG)
-    return data.tobytes(), "png"

@@ -23,7 +23,8 @@ from haechi.components.shared.settings import Settings
 
 from .inference import Image, InferenceRequest
 from .sample_counts import Counts, Row
-from .sample_writer import Origin, Sample, SampleWriter
+from .sample_record import Origin, Sample
+from .sample_writer import SampleWriter
 from .sampling import Design, Quota, decide, near_limit
 from .service import Call, Outcome
 from .settings import ServingSettings

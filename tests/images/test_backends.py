@@ -24,7 +24,7 @@ from haechi.components.shared.files import read_json, write_json
 from haechi.components.shared.images import decode
 from haechi.components.shared.model_folder import ModelFolder, read_golden
 from haechi.components.shared.parity import Tolerance, agree, compare
-from haechi.serving import backends, selective
+from haechi.serving import backends, openers, selective
 from haechi.serving.backends import BackendOptions, open_backend
 from haechi.serving.graph import lighten, take_apart
 from haechi.serving.selective import SelectiveNetwork
@@ -279,17 +279,17 @@ def test_openvino_is_wanted_but_nothing_proves_it_or_it_is_not_installed(
     with pytest.raises(SettingsError, match="no golden images"):
         open_backend(tmp_path, unproven, options)
 
-    monkeypatch.setattr(backends, "_openvino_installed", lambda: False)
+    monkeypatch.setattr(backends, "openvino_installed", lambda: False)
     with pytest.raises(SettingsError, match="not installed"):
         open_backend(folder, ModelFolder.load(folder), options)
 
 
 def test_the_faster_of_two_that_pass_serves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def other(source: backends._Source) -> backends.Backend:
-        return replace(backends._whole(source), engine="other", reason="a test's")
+    def other(source: openers.Source) -> openers.Backend:
+        return replace(openers.whole(source), engine="other", reason="a test's")
 
-    monkeypatch.setattr(backends, "_openvino_installed", lambda: True)
-    monkeypatch.setattr(backends, "_openvino_bf16", other)
+    monkeypatch.setattr(backends, "openvino_installed", lambda: True)
+    monkeypatch.setattr(backends, "openvino_bf16", other)
     for rates in ([10.0, 20.0], [20.0, 10.0]):
         rest = iter(rates)
         monkeypatch.setattr(backends, "_rate", lambda *_, rest=rest: next(rest))

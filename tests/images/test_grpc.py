@@ -22,7 +22,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from haechi.components.shared.errors import AccessError, IntegrityError, OverloadError, StorageError
-from haechi.serving import grpc_health, grpc_service
+from haechi.serving import grpc_calls, grpc_health, grpc_service
 from haechi.serving.engine import Engine, Models
 from haechi.serving.grpc_health import OPEN_STREAMS
 from haechi.serving.grpc_service import GrpcSide
@@ -441,7 +441,7 @@ def test_while_a_model_loads_nothing_is_ready_and_watchers_hear_when_it_is(tmp_p
 
 
 def test_a_message_that_never_comes_ends_the_rpc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_service, "_MESSAGE_SECONDS", 0.1)
+    monkeypatch.setattr(grpc_calls, "_MESSAGE_SECONDS", 0.1)
 
     async def story() -> grpc.StatusCode:
         async with Local(tmp_path) as local:
@@ -468,7 +468,7 @@ def test_a_forgotten_reflection_stream_ends(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_more_rpcs_than_may_run_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_service, "_SPARE", -grpc_service._ARRIVING - OPEN_STREAMS)  # as if it were two in all
+    monkeypatch.setattr(grpc_service, "_SPARE", -grpc_calls.ARRIVING - OPEN_STREAMS)  # as if it were two in all
 
     async def story() -> grpc.StatusCode:
         async with Local(tmp_path) as local:

@@ -36,7 +36,8 @@ from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
 from haechi.serving.inference import Parameters, Prediction
 from haechi.serving.sample_counts import Counts, Row
-from haechi.serving.sample_writer import MAX_ITEMS, Origin, Sample, SampleWriter
+from haechi.serving.sample_record import Origin, Sample
+from haechi.serving.sample_writer import MAX_ITEMS, SampleWriter
 from haechi.serving.sampler import OTHERS, UNNAMED, Sampler, camera_folder, open_sampler
 from haechi.serving.sampling import Decision, Design
 from haechi.serving.settings import ServingSettings
