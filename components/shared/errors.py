@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "AccessError",
     "DeadlineError",
@@ -20,14 +22,23 @@ __all__ = [
     "StorageError",
     "TrackingError",
     "TrainError",
+    "without_userinfo",
 ]
+
+# A user of ssh is a name alone; elsewhere what stands before the @ may be a secret, with or without a colon.
+_USERINFO = re.compile(r"(?<!ssh)(://)[^\s/?#'\"]*@")
+
+
+def without_userinfo(text: str) -> str:
+    """The text without the user and the password of the URLs in it."""
+    return _USERINFO.sub(r"\1", text)
 
 
 class HaechiError(Exception):
     """Base of all errors that a user can cause or mend.
 
     Args:
-        problem: what is wrong, naming the file, field, key or parameter.
+        problem: what is wrong, naming the file, field, key or parameter; URLs lose their credentials here.
         remedy: what the user can do about it; printed after the problem.
     """
 
@@ -35,9 +46,9 @@ class HaechiError(Exception):
     http_status: int = 500
 
     def __init__(self, problem: str, remedy: str = "") -> None:
-        self.problem = problem.rstrip(". ")
-        self.remedy = remedy
-        super().__init__(f"{self.problem}. {remedy}".rstrip() if remedy else self.problem)
+        self.problem = without_userinfo(problem).rstrip(". ")
+        self.remedy = without_userinfo(remedy)
+        super().__init__(f"{self.problem}. {self.remedy}".rstrip() if remedy else self.problem)
 
 
 class InputError(HaechiError):

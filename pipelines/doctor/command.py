@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Look, report on standard output, and return 0 (healthy), 1 (faults) or 2 (could not look at everything).
 
     Raises:
-        InputError: the token file cannot be read.
+        InputError: the token file cannot be read, or holds other than one token.
     """
     from .examine import examine
     from .report import as_json, as_lines
@@ -81,8 +81,14 @@ def _token(path: Path | None) -> str:
     if path is None:
         return ""
     try:
-        return path.read_text(encoding="utf-8").strip()
+        token = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"--label-studio-token-file {path} cannot be read ({error})", "Name a readable file."
         ) from error
+    if not (token.isascii() and token.isprintable()):  # as no header may be; the token is not told
+        raise InputError(
+            f"--label-studio-token-file {path} holds more than one line, or other than ASCII",
+            "Write one token into it and nothing else.",
+        )
+    return token

@@ -71,7 +71,7 @@ def examine(world: World, seconds: float = 30.0, checks: Mapping[str, Check] = C
         thread.join(max(0.0, deadline - time.monotonic()))
     late = Result("", unseen=f"no answer within {seconds:.0f} s", remedy="Give it longer: --timeout 120.")
     results = [done.get(name) or Result(name, unseen=late.unseen, remedy=late.remedy) for name in checks]
-    return Diagnosis(tuple(results), _cluster(world))
+    return Diagnosis(tuple(results), world.server)
 
 
 def _run(name: str, check: Check, world: World, done: dict[str, Result]) -> None:
@@ -87,10 +87,3 @@ def _run(name: str, check: Check, world: World, done: dict[str, Result]) -> None
     except Exception as error:
         problem = f"the check itself failed ({type(error).__name__}: {error})"
         done[name] = Result(name, unseen=problem, remedy="Please report it, with the output of --json.")
-
-
-def _cluster(world: World) -> str:
-    try:
-        return world.cluster.server
-    except (NotAsked, CannotLook):
-        return ""

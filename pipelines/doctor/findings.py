@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from haechi.components.shared.errors import HaechiError
 
-__all__ = ["CannotLook", "Finding", "NotAsked", "each"]
+__all__ = ["CannotLook", "Finding", "NotAsked", "each", "each_object"]
 
 _Item = TypeVar("_Item")
 
@@ -65,4 +65,25 @@ def each(items: Iterable[_Item], look: Callable[[_Item], list[Finding]]) -> list
     if unseen:
         problems = "; ".join(dict.fromkeys(error.problem for error in unseen))
         raise CannotLook(problems, unseen[0].remedy, found)
-    return found
+    return list(dict.fromkeys(found))
+
+
+def each_object(items: Iterable[dict[str, Any]], look: Callable[[dict[str, Any]], list[Finding]]) -> list[Finding]:
+    """Look at every object of the cluster, also where one of them is not built as its kind is.
+
+    Raises:
+        CannotLook: as `each`, and of objects that are not built as their kind.
+    """
+
+    def guarded(item: dict[str, Any]) -> list[Finding]:
+        try:
+            return look(item)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            meta = item.get("metadata") or {}
+            name = f"{item.get('kind') or 'object'} {meta.get('namespace')}/{meta.get('name')}"
+            problem = f"{name} is not built as its kind is ({type(error).__name__}: {error})"
+            raise CannotLook(
+                problem, "Look at it with kubectl get -o yaml, and delete it if nobody needs it."
+            ) from error
+
+    return each(items, guarded)

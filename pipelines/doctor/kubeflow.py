@@ -11,13 +11,15 @@ from typing import Any
 import yaml
 
 from ..kubeflow_settings import AUDIENCE
-from .findings import CannotLook, Finding, NotAsked
+from .findings import CannotLook, Finding, NotAsked, each_object
 from .web import Answer, Unreached, fetch
 from .world import World
 
-__all__ = ["cached_steps", "never_cached", "pipelines_api"]
+__all__ = ["EFFECTS", "cached_steps", "pipelines_api", "steps_of_ours"]
 
 _API = "/apis/v2beta1"
+# Steps with an effect outside their outputs: where the cache answers for one of them, a green run did not do its work.
+EFFECTS = frozenset({"resolve", "ingest", "label", "build", "deploy", "refuse"})
 _RUNS = 20  # the newest runs that are looked at
 _COMPILED = Path(__file__).parents[1] / "compiled" / "training.yaml"
 _FORWARD = "kubectl -n kubeflow port-forward service/ml-pipeline 8888   # then --host http://localhost:8888"
@@ -43,32 +45,30 @@ def pipelines_api(world: World) -> list[Finding]:
 
 
 def cached_steps(world: World) -> list[Finding]:
-    """Runs that are green although steps with an effect were answered from the cache, or although nothing ran."""
+    """Our runs that are green although steps with an effect were answered from the cache, or although nothing ran."""
     try:
         runs = list(_runs_of_api(world))
     except NotAsked:
-        runs = list(_runs_of_workflows(world))
-    found = []
-    for run in runs:
-        stale = [name for name in run.cached if name in never_cached()]
-        if stale or (run.cached and not run.ran):
-            found.append(_stale(run, stale))
-    return found
+        return each_object(_newest_workflows(world), lambda item: _judge(_run_of_workflow(item)))
+    return [finding for run in runs for finding in _judge(run)]
 
 
 @functools.cache
-def never_cached() -> frozenset[str]:
-    """Steps of the compiled pipeline for which caching is off, because they have an effect outside their outputs."""
+def steps_of_ours() -> frozenset[str]:
+    """The steps of the compiled pipeline."""
     with _COMPILED.open(encoding="utf-8") as file:
         spec = next(yaml.load_all(file, Loader=yaml.CSafeLoader))
     dags = [spec["root"], *spec["components"].values()]
     tasks = [task for item in dags for task in (item.get("dag") or {}).get("tasks", {}).items()]
-    return frozenset(
-        name
-        for name, task in tasks
-        if "dag" not in spec["components"][task["componentRef"]["name"]]
-        and not (task.get("cachingOptions") or {}).get("enableCache")
-    )
+    return frozenset(name for name, task in tasks if "dag" not in spec["components"][task["componentRef"]["name"]])
+
+
+def _judge(run: _Run) -> list[Finding]:
+    """Other people's runs may well come from the cache as a whole; ours are known by their steps."""
+    if not steps_of_ours().issuperset(run.cached + run.ran):
+        return []
+    stale = [name for name in run.cached if name in EFFECTS]
+    return [_stale(run, stale)] if stale or (run.cached and not run.ran) else []
 
 
 def _stale(run: _Run, stale: list[str]) -> Finding:
@@ -77,12 +77,13 @@ def _stale(run: _Run, stale: list[str]) -> Finding:
             f"run {run.name} succeeded, and {', '.join(stale)} never ran",
             "caching was on for steps that have an effect outside their outputs: an older or changed pipeline was "
             "submitted, or caching was switched on for the whole run",
-            "haechi compile   # switches it off for these steps; then haechi submit … again",
+            "haechi compile   # switches it off for every step; then haechi submit … again",
         )
     return Finding(
         f"run {run.name} succeeded, and none of its {len(run.cached)} steps ran",
-        "every step had the inputs of an earlier run, so Kubeflow Pipelines took that run's outputs",
-        "Change an input, or start it with enable_caching=False; nothing to mend where that was meant.",
+        "caching was on, as an older or changed pipeline has it, and every step had the inputs of an earlier run, so "
+        "Kubeflow Pipelines took that run's outputs",
+        "haechi submit …   # the pipeline of today runs every step; nothing to mend where that was meant",
     )
 
 
@@ -168,11 +169,13 @@ def _runs_of_api(world: World) -> Iterator[_Run]:
     host = world.kubeflow.host
     try:
         listed = _list_runs(world, _RUNS, _ask(world, "healthz"))
-        if listed.status != 200:
+        if listed.status != 200 or listed.json() is None:
             raise CannotLook(f"{host} lists no runs ({listed.status}), see check `pipelines-api`")
         for entry in (listed.json() or {}).get("runs") or []:
             if entry.get("state") == "SUCCEEDED":
-                whole = _ask(world, f"runs/{entry['run_id']}").json() or {}
+                whole = _ask(world, f"runs/{entry['run_id']}").json()
+                if whole is None:
+                    raise CannotLook(f"{host} does not tell of run {entry['run_id']}", "Try again later.")
                 tasks = (whole.get("run_details") or {}).get("task_details") or []
                 yield _run_of_tasks(str(entry.get("display_name") or entry["run_id"]), tasks)
     except Unreached as error:
@@ -198,21 +201,23 @@ def _run_of_tasks(name: str, tasks: list[dict[str, Any]]) -> _Run:
     return _Run(name, tuple(cached), tuple(ran))
 
 
-def _runs_of_workflows(world: World) -> Iterator[_Run]:
-    """The driver of each step leaves its decision in the Workflow, as output `cached-decision`."""
+def _newest_workflows(world: World) -> list[dict[str, Any]]:
     found = world.objects(world.aim.namespace, "workflows", "argoproj.io/v1alpha1")
     found.sort(key=lambda item: str(item["metadata"].get("creationTimestamp")), reverse=True)
-    for item in found[:_RUNS]:
-        status = item.get("status") or {}
-        if status.get("phase") != "Succeeded":
-            continue
-        cached: list[str] = []
-        ran: list[str] = []
-        for node in (status.get("nodes") or {}).values():
-            decision = _decision(node)
-            if decision:
-                (cached if decision == "true" else ran).append(str(node.get("displayName")).removesuffix("-driver"))
-        yield _Run(item["metadata"]["name"], tuple(cached), tuple(ran))
+    return found[:_RUNS]
+
+
+def _run_of_workflow(item: dict[str, Any]) -> _Run:
+    """The driver of each step leaves its decision in the Workflow, as output `cached-decision`."""
+    status = item.get("status") or {}
+    nodes = (status.get("nodes") or {}).values() if status.get("phase") == "Succeeded" else ()
+    cached: list[str] = []
+    ran: list[str] = []
+    for node in nodes:
+        decision = _decision(node)
+        if decision:
+            (cached if decision == "true" else ran).append(str(node.get("displayName")).removesuffix("-driver"))
+    return _Run(item["metadata"]["name"], tuple(cached), tuple(ran))
 
 
 def _decision(node: dict[str, Any]) -> str:

@@ -76,10 +76,16 @@ class Cluster:
 
     def version(self) -> str:
         """The API server's version; asked first, so that a server that is away costs one wait for all checks."""
-        return str((self._once("/version", lambda: self._ask("GET", "/version")) or {}).get("gitVersion", ""))
+        return str(self._once("/version", self._version))
 
     def _alive(self) -> None:
         self.version()
+
+    def _version(self) -> str:
+        found = self._ask("GET", "/version")
+        if found is None or "gitVersion" not in found:
+            raise self._not_kubernetes()
+        return str(found["gitVersion"])
 
     def _pages(self, path: str, query: str) -> list[dict[str, Any]] | None:
         items: list[dict[str, Any]] = []
@@ -111,7 +117,10 @@ class Cluster:
 
     def _ask(self, verb: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
         try:
-            return self._caller.call(verb, path, body)
+            found: Any = self._caller.call(verb, path, body)
+            if isinstance(found, dict):
+                return found
+            raise self._not_kubernetes()
         except Refused as error:
             if error.status == 404:
                 return None
@@ -121,6 +130,12 @@ class Cluster:
                 f"the Kubernetes API server at {self.server} cannot be reached ({error})",
                 "Start the cluster or correct the kubeconfig (--kubeconfig, --context); --local looks at this machine only.",
             ) from error
+
+    def _not_kubernetes(self) -> CannotLook:
+        return CannotLook(
+            f"{self.server} does not answer like a Kubernetes API server: a proxy or a login page stands there",
+            "Correct the server in the kubeconfig, or log in where the proxy wants it.",
+        )
 
     def _refused(self, path: str, error: Refused) -> CannotLook:
         if error.status == 401:

@@ -19,7 +19,7 @@ from .findings import Finding
 __all__ = ["Answer", "Unreached", "fetch", "resolves"]
 
 _TIMEOUT = urllib3.Timeout(connect=3, read=6)
-_BODY = 65_536  # bytes of an answer that are read
+_BODY = 8 * 2**20  # bytes of an answer that are read; a list of runs repeats their pipelines
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,12 @@ def _why(url: str, error: Exception) -> Unreached:
         return _plain_to_tls(url)
     if isinstance(error, urllib3.exceptions.ReadTimeoutError):
         return Unreached(url, f"{host} takes the connection and does not answer", "Look at the log of what runs there.")
+    if isinstance(error, ValueError):  # its words repeat the header, and so the token
+        return Unreached(
+            url,
+            "the URL, or what is sent with it, holds what HTTP does not take",
+            "Look for blanks and line breaks in the setting and in the token.",
+        )
     return Unreached(url, f"the connection broke ({text[:200]})", "Look at the log of what runs there.")
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from haechi.components.shared.errors import HaechiError, InputError, SettingsError
+from haechi.components.shared.errors import HaechiError, InputError, SettingsError, without_userinfo
 from haechi.components.shared.settings import Settings
 
 from ..kubeflow_settings import KubeflowSettings
@@ -142,6 +142,12 @@ class World:
         return found
 
     @property
+    def server(self) -> str:
+        """URL of the API server as far as it is known by now, without waiting; empty where it is not."""
+        found = vars(self).get("_connection")
+        return found.server if isinstance(found, Cluster) else ""
+
+    @property
     def has_cluster(self) -> bool:
         """Whether a cluster is named, reachable or not."""
         return self._connection is not None
@@ -178,8 +184,11 @@ class World:
         return self.cluster.collection(f"{root}/namespaces/{namespace}/{kind}", query) or []
 
     def redact(self, text: str) -> str:
-        """The text without any secret that was seen."""
-        for word in sorted(self.secrets, key=len, reverse=True):
+        """The text without any secret that was seen, and without the credentials in URLs."""
+        text = without_userinfo(text)
+        # Also each line of one that holds several: where it is quoted, its line breaks look otherwise.
+        words = {word for secret in list(self.secrets) for word in (secret, *secret.split())}
+        for word in sorted(words, key=len, reverse=True):
             if len(word) >= 8:  # no check prints values; a short one (`minio`) would only tear host names apart
                 text = text.replace(word, "***")
         return text

@@ -28,17 +28,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from http_stand_in import Answers, HttpStandIn
 
+from haechi.components.shared.errors import TrackingError
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
-from haechi.pipelines import placement
+from haechi.components.shared.tracking import Tracker
 from haechi.pipelines.cli import main
 from haechi.pipelines.doctor import local
 from haechi.pipelines.doctor.checks import CHECKS, Check
 from haechi.pipelines.doctor.cluster import RIGHTS
 from haechi.pipelines.doctor.examine import Diagnosis, examine
 from haechi.pipelines.doctor.findings import CannotLook, Finding, NotAsked
-from haechi.pipelines.doctor.kubeflow import never_cached
+from haechi.pipelines.doctor.kubeflow import EFFECTS, steps_of_ours
 from haechi.pipelines.doctor.report import as_json, as_lines
+from haechi.pipelines.doctor.web import fetch
 from haechi.pipelines.doctor.world import Aim, World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -461,18 +463,49 @@ def _run(name: str, **states: str) -> dict[str, Any]:
     return {**entry, "run_details": {"task_details": tasks}}
 
 
-def test_runs_whose_steps_came_from_the_cache_are_found(
+OLD = {"resolve": "SUCCEEDED", "train": "SKIPPED", "evaluate": "SKIPPED", "deploy": "SUCCEEDED"}
+
+
+@pytest.mark.parametrize(
+    ("states", "symptom"),
+    [
+        (OLD, ""),  # an older pipeline, whose training and measuring could come from the cache
+        (dict.fromkeys(OLD, "SUCCEEDED"), ""),
+        ({"preprocess": "SKIPPED", "deploy": "SKIPPED"}, ""),  # other people's, who may cache what they like
+        ({**OLD, "deploy": "SKIPPED"}, "run test succeeded, and deploy never ran"),
+        ({"train": "SKIPPED", "evaluate": "SKIPPED"}, "run test succeeded, and none of its 2 steps ran"),
+    ],
+)
+def test_runs_of_ours_are_judged_by_what_came_from_the_cache(
+    serve: Callable[..., str], token_file: Callable[[str], str], states: dict[str, str], symptom: str
+) -> None:
+    host = serve(pipelines([_run("test", **states)]))
+    where = {"host": host, "token_file": token_file(GOOD)}
+    if symptom:
+        assert found("cached-steps", **where).symptom == symptom
+    else:
+        assert well("cached-steps", **where)
+
+
+def test_a_list_of_runs_that_repeats_its_pipelines_is_read_whole(
     serve: Callable[..., str], token_file: Callable[[str], str]
 ) -> None:
-    good = _run("good", resolve="SUCCEEDED", train="SKIPPED", deploy="SUCCEEDED")
-    stale = _run("stale", resolve="SUCCEEDED", deploy="SKIPPED")
-    host = serve(pipelines([good, stale]))
-    finding = found("cached-steps", host=host, token_file=token_file(GOOD))
-    assert finding.symptom == "run stale succeeded, and deploy never ran"
+    stale = _run("stale", **{**OLD, "deploy": "SKIPPED"}) | {"pipeline_spec": {"padding": "x" * 2**20}}
+    where = {"host": serve(pipelines([stale])), "token_file": token_file(GOOD)}
+    assert well("pipelines-api", **where)
+    assert "deploy never ran" in found("cached-steps", **where).symptom
 
 
-def test_steps_that_are_never_cached_are_those_of_the_compiled_pipeline() -> None:
-    assert never_cached() == set(placement._NEVER_CACHED)
+def test_runs_that_cannot_be_read_are_not_taken_for_healthy(serve: Callable[..., str]) -> None:
+    answers = {f"{API}/healthz": (200, {}), f"{API}/runs": (200, {"runs": [{"run_id": "r", "state": "SUCCEEDED"}]})}
+    for body in ("<html>", "[]"):
+        [result] = diagnose("cached-steps", host=serve({**answers, f"{API}/runs/r": (200, body)})).results
+        assert "does not tell of run r" in result.unseen
+
+
+def test_the_steps_with_an_effect_are_steps_of_the_pipeline() -> None:
+    assert steps_of_ours() > EFFECTS
+    assert {"train", "evaluate", "export"} <= steps_of_ours() - EFFECTS
 
 
 def test_the_rights_that_are_looked_at_are_those_that_the_role_grants() -> None:
@@ -576,6 +609,64 @@ def test_a_secret_is_never_shown_even_where_a_server_repeats_it(s3_settings: Set
     assert "refused ***" in shown
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("http://admin:pass-word@mlflow:5000/x failed", "http://mlflow:5000/x failed"),
+        ("'https://token@host' and 'https://a:b@c@host'", "'https://host' and 'https://host'"),
+        (
+            "https://host/path@v1 s3://haechi/a@b ssh://git@host/repo",
+            "https://host/path@v1 s3://haechi/a@b ssh://git@host/repo",
+        ),
+    ],
+)
+def test_an_error_tells_no_credentials_of_a_url(text: str, told: str) -> None:
+    error = TrackingError(text, text)
+    assert (error.problem, error.remedy, str(error)) == (told, told, f"{told}. {told}")
+
+
+def test_a_password_in_mlflows_uri_is_told_by_nobody(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    uri = "http://admin:of-the-test@127.0.0.1:9"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert main(["doctor", "--local", "--workdir", "/nonexistent"]) == 1
+    out = capsys.readouterr().out
+    assert "MLflow at http://127.0.0.1:9/health cannot be reached" in out
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingError, match=r"cannot reach MLflow at http://127\.0\.0\.1:9") as caught:
+        Tracker(Settings(mlflow_tracking_uri=uri)).alias("entrance", "champion")
+    assert "of-the-test" not in out + str(caught.value)
+
+
+def test_a_secret_of_several_lines_is_hidden_where_its_text_is_quoted() -> None:
+    world = World(Aim(local=True, label_studio_token="first-line-1\nsecond-line-2"), {})
+    assert world.redact("Invalid header value b'Token first-line-1\\nsecond-line-2'") == (
+        "Invalid header value b'Token ***\\n***'"
+    )
+
+
+def test_a_token_that_no_header_takes_is_refused_and_never_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "token"
+    for token in ("eyJSECRETOFTHETEST\nX-Other: header", "tökensecret"):
+        path.write_text(token)
+        words = ["--label-studio-token-file", str(path)]
+        assert main(["doctor", "--local", *words]) == 2
+        shown = capsys.readouterr()
+        assert "holds more than one line, or other than ASCII" in shown.err
+        assert token[:5] not in shown.out + shown.err
+
+
+def test_what_the_http_client_says_of_a_header_is_not_repeated(studio: str) -> None:
+    finding = found("label-studio", label_studio=studio, label_studio_token="eyJSECRET\nX-Other: header")
+    assert "holds what HTTP does not take" in finding.cause
+    assert "SECRET" not in str(finding)
+
+
+def test_an_answer_without_end_is_read_up_to_a_limit(serve: Callable[..., str]) -> None:
+    assert len(fetch(serve({"/": (200, "x" * 9 * 2**20)}) + "/").body) == 8 * 2**20
+
+
 def test_the_json_report_holds_what_was_found_and_what_was_not_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--local", "--host", "http://127.0.0.1:9", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
@@ -592,6 +683,40 @@ def test_a_token_file_that_is_missing_is_named(tmp_path: Path, capsys: pytest.Ca
     assert missing in capsys.readouterr().err
     assert main(["doctor", "--local", "--host", "http://127.0.0.1:9", "--token-file", missing]) == 2
     assert missing in capsys.readouterr().out
+
+
+def _kubeconfig(path: Path, server: str, **user: Any) -> str:
+    """A kubeconfig that names a server and how to log in there."""
+    entries = {
+        "clusters": [{"name": "c", "cluster": {"server": server}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "users": [{"name": "u", "user": user}],
+    }
+    path.write_text(json.dumps({"apiVersion": "v1", "kind": "Config", "current-context": "x", **entries}))
+    return str(path)
+
+
+def test_a_login_plugin_that_hangs_costs_no_more_than_the_timeout(tmp_path: Path) -> None:
+    plugin = {"apiVersion": "client.authentication.k8s.io/v1", "command": "sleep", "args": ["20"]}
+    path = _kubeconfig(tmp_path / "config", "http://127.0.0.1:9", exec={**plugin, "interactiveMode": "Never"})
+    begun = time.monotonic()
+    world = World(Aim(kubeconfig=path, workdir=tmp_path), {})
+    diagnosis = examine(world, seconds=3, checks={"cluster": CHECKS["cluster"]})
+    assert "no answer within 3 s" in diagnosis.results[0].unseen
+    assert diagnosis.cluster == ""
+    assert time.monotonic() - begun < 12
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_page_in_the_api_servers_place_is_told_once(
+    serve: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int
+) -> None:
+    host = serve({"/version": (status, "<html>log in</html>")})
+    path = _kubeconfig(tmp_path / "config", host, token="of-the-test-itself")
+    assert main(["doctor", "--kubeconfig", path, "--workdir", str(tmp_path)]) == 2
+    out = capsys.readouterr().out
+    assert out.count(f"{host} does not answer like a Kubernetes API server") == 1
+    assert "the check itself failed" not in out
 
 
 def test_a_kubeconfig_that_is_broken_is_told_and_not_taken_for_none(
