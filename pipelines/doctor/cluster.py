@@ -26,6 +26,7 @@ RIGHTS: tuple[tuple[str, str, str], ...] = (
     *(("", "pods", verb) for verb in ("get", "list")),
 )
 _KFP = "ml-pipeline"
+_RECONCILER = "haechi-reconciler"
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,21 @@ def step_settings(world: World) -> list[Finding]:
 
 
 def rights(world: World) -> list[Finding]:
-    """What the steps' service account may do with InferenceServices."""
+    """What the steps' service account, and the reconciler's where there is one, may do with InferenceServices."""
     aim = world.aim
-    account = f"system:serviceaccount:{aim.namespace}:{aim.service_account}"
+
+    def look(account: str) -> list[Finding]:
+        path = f"/api/v1/namespaces/{aim.namespace}/serviceaccounts/{account}"
+        if account == _RECONCILER != aim.service_account and world.cluster.get(path) is None:
+            return []
+        return _rights_of(world, account)
+
+    return each(dict.fromkeys([aim.service_account, _RECONCILER]), look)
+
+
+def _rights_of(world: World, name: str) -> list[Finding]:
+    aim = world.aim
+    account = f"system:serviceaccount:{aim.namespace}:{name}"
     denied = [right for right in RIGHTS if not _allowed(world, account, right)]
     if not denied:
         return []
@@ -92,13 +105,14 @@ def rights(world: World) -> list[Finding]:
     for group, resource, verb in denied:
         verbs.setdefault(f"{resource}.{group}".rstrip("."), []).append(verb)
     what = " and ".join(f"{', '.join(some)} {resource}" for resource, some in verbs.items())
+    who = "the reconciler" if name == _RECONCILER else "deploy"
     return [
         Finding(
-            f"{account} may not {what} in namespace {aim.serving}: deploy will fail with 403",
-            f"no RoleBinding there gives Role haechi-deploy to ServiceAccount {aim.namespace}/{aim.service_account}",
+            f"{account} may not {what} in namespace {aim.serving}: {who} will fail with 403",
+            f"no RoleBinding there gives Role haechi-deploy to ServiceAccount {aim.namespace}/{name}",
             f"kubectl -n {aim.serving} apply -f manifests/base/serving/role.yaml\n"
-            f"kubectl -n {aim.serving} create rolebinding haechi-deploy-{aim.namespace} --role=haechi-deploy "
-            f"--serviceaccount={aim.namespace}:{aim.service_account}",
+            f"kubectl -n {aim.serving} create rolebinding {name}-{aim.namespace} --role=haechi-deploy "
+            f"--serviceaccount={aim.namespace}:{name}",
         )
     ]
 
@@ -195,6 +209,8 @@ def _addresses(world: World) -> list[_Address]:
 def _parse(url: str, namespace: str, source: str) -> _Address | None:
     """The Service that a URL names from inside a namespace, or None where it names no Service."""
     parts = urlsplit(url)
+    if ":" in (parts.hostname or ""):
+        return None  # an address of IPv6
     labels = (parts.hostname or "").removesuffix(".").removesuffix(".cluster.local").split(".")
     if len(labels) == 3 and labels[2] == "svc":
         labels = labels[:2]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from .findings import CannotLook, Finding, each
+from .findings import CannotLook, Finding, each, each_object
+from .pulling import PULL_REASONS, why_not_pulled
 from .scheduling import why_pending
 from .world import World
 
 __all__ = ["image_pull", "pending", "pod_security", "quota", "train_shm"]
 
-_PULL = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
 _TRAIN = "haechi.components.train"
 _SMALL = 64 * 2**20  # bytes of /dev/shm that a container runtime gives
 _BUS_ERROR = 135  # 128 + SIGBUS: what a write beyond /dev/shm's end becomes
-_UNITS = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "k": 10**3, "M": 10**6, "G": 10**9}
 _INITIALIZER_FIX = (
     "kubectl patch clusterstoragecontainer default --type=merge "
     "--patch-file=manifests/examples/clusterstoragecontainer-patch.yaml"
@@ -28,55 +28,59 @@ _RESTRICTED = (
 
 
 def pending(world: World) -> list[Finding]:
-    """Pods that the scheduler places nowhere: no such resource, selectors, taints, or everything is taken."""
+    """Pods that the scheduler places nowhere: gates, resources, selectors, taints, volumes, or everything is taken."""
 
-    def look(namespace: str) -> list[Finding]:
-        found = []
-        for pod in world.objects(namespace, "pods", query="fieldSelector=status.phase%3DPending"):
-            condition = _condition(pod, "PodScheduled")
-            if condition.get("status") == "False":
-                message = str(condition.get("message") or condition.get("reason") or "no reason was given")
-                cause, fix = why_pending(pod, _nodes(world), message)
-                found.append(Finding(f"{_name(pod)} is Pending: {message}", cause, fix))
-        return found
+    def judge(pod: dict[str, Any]) -> list[Finding]:
+        condition = _condition(pod, "PodScheduled")
+        if condition.get("status") != "False":
+            return []
+        message = str(condition.get("message") or condition.get("reason") or "no reason was given")
+        cause, fix = why_pending(pod, _nodes(world), message)
+        return [Finding(f"{_name(pod)} is Pending: {message}", cause, fix)]
 
-    return each(_namespaces(world), look)
+    query = "fieldSelector=status.phase%3DPending"
+    return each(_namespaces(world), lambda name: each_object(world.objects(name, "pods", query=query), judge))
 
 
 def image_pull(world: World) -> list[Finding]:
     """Containers that wait for an image that cannot be pulled."""
 
-    def look(namespace: str) -> list[Finding]:
-        return [
-            _pull_finding(pod, container["image"], waiting)
-            for pod in world.objects(namespace, "pods")
-            for container in _container_statuses(pod)
-            if (waiting := (container.get("state") or {}).get("waiting") or {}).get("reason") in _PULL
-        ]
+    def judge(pod: dict[str, Any]) -> list[Finding]:
+        found = []
+        for container in _container_statuses(pod):
+            waiting = (container.get("state") or {}).get("waiting") or {}
+            image, reason = container["image"], waiting.get("reason")
+            if reason in PULL_REASONS:
+                said = str(waiting.get("message") or reason)
+                cause, fix = why_not_pulled(pod, image, reason, said)
+                found.append(Finding(f"{_name(pod)} cannot pull {image}: {said}", cause, fix))
+        return found
 
-    return each(_namespaces(world), look)
+    return each(_namespaces(world), lambda name: each_object(world.objects(name, "pods"), judge))
 
 
 def train_shm(world: World) -> list[Finding]:
     """Training pods whose /dev/shm is the 64 MiB that a container gets without a volume."""
-    found = []
-    for pod in world.objects(world.aim.namespace, "pods"):
+
+    def judge(pod: dict[str, Any]) -> list[Finding]:
         container = next((item for item in pod["spec"]["containers"] if _trains(item)), None)
         if container is None or (pod.get("status") or {}).get("phase") == "Succeeded":
-            continue
+            return []
         small = _small_shm(pod, container)
-        if small:
-            killed = ", and it was killed by a bus error" if _bus_error(pod) else ""
-            found.append(
-                Finding(
-                    f"{_name(pod)} trains with {small} of /dev/shm{killed}",
-                    "data loader processes hand images over in shared memory; a pod without a memory volume there has 64 MiB",
-                    "haechi compile   # the pipeline mounts one; then submit it again\n"
-                    "volumes: [{name: shm, emptyDir: {medium: Memory}}] and "
-                    "volumeMounts: [{name: shm, mountPath: /dev/shm}]   # in a pod of your own",
-                )
+        if not small:
+            return []
+        killed = ", and it was killed by a bus error" if _bus_error(pod) else ""
+        return [
+            Finding(
+                f"{_name(pod)} trains with {small} of /dev/shm{killed}",
+                "data loader processes hand images over in shared memory; a pod without a memory volume there has 64 MiB",
+                "haechi compile   # the pipeline mounts one; then submit it again\n"
+                "volumes: [{name: shm, emptyDir: {medium: Memory}}] and "
+                "volumeMounts: [{name: shm, mountPath: /dev/shm}]   # in a pod of your own",
             )
-    return found
+        ]
+
+    return each_object(world.objects(world.aim.namespace, "pods"), judge)
 
 
 def pod_security(world: World) -> list[Finding]:
@@ -94,48 +98,90 @@ def pod_security(world: World) -> list[Finding]:
 
 
 def quota(world: World) -> list[Finding]:
-    """Pods that a ResourceQuota refused."""
+    """Pods that a ResourceQuota refused, and would refuse again."""
 
     def judge(where: str, message: str) -> list[Finding]:
         refused = re.search(r"(?:exceeded|failed) quota: ([^,:]+).*", message, re.DOTALL)
         if not refused:
             return []
         namespace = where.split()[1].split("/")[0]
+        if not _still_refuses(world, namespace, refused[1], message):
+            return []
         fix = f"kubectl -n {namespace} describe resourcequota {refused[1]}   # raise it, ask for less, or end what uses it"
         return [Finding(f"{where} makes no pods", refused[0][:400], fix)]
 
     return _refusals(world, judge)
 
 
+def _still_refuses(world: World, namespace: str, name: str, message: str) -> bool:
+    """Whether a quota is as narrow now as when it refused; messages stay when it was raised, or what used it has ended."""
+    from kubernetes.utils import parse_quantity
+
+    try:
+        found = world.cluster.get(f"/api/v1/namespaces/{namespace}/resourcequotas/{name}")
+    except CannotLook:
+        return True
+    if found is None:
+        return False
+    requested = re.search(r"requested: (.*?), used: ", message, re.DOTALL)
+    if not requested:
+        return True  # it wants requests or limits where none are given
+    hard = (found.get("spec") or {}).get("hard") or {}
+    used = (found.get("status") or {}).get("used") or {}
+    asked = [entry.partition("=") for entry in requested[1].split(",")]
+    return any(
+        resource in hard
+        and parse_quantity(amount) + parse_quantity(used.get(resource, "0")) > parse_quantity(hard[resource])
+        for resource, _, amount in asked
+    )
+
+
 def _refusals(world: World, judge: Callable[[str, str], list[Finding]]) -> list[Finding]:
     """Judge who could not make a pod (`ReplicaSet namespace/name`), in the API server's words."""
 
-    def look(place: tuple[str, Callable[[World, str], Iterator[tuple[str, str]]]]) -> list[Finding]:
+    def look(place: tuple[str, _Source]) -> list[Finding]:
         namespace, source = place
-        said = {who.replace(" ", f" {namespace}/", 1): message for who, message in source(world, namespace)}
-        return [finding for who, message in said.items() for finding in judge(who, message)]
 
-    sources = (_replica_sets, _events, _workflows)
-    return each([(namespace, source) for namespace in _namespaces(world) for source in sources], look)
+        def judge_one(item: dict[str, Any]) -> list[Finding]:
+            kind, name, messages = source.refused(item)
+            found = [finding for message in messages for finding in judge(f"{kind} {namespace}/{name}", message)]
+            return found[-1:]  # one object tells the same of each of its pods
 
+        return each_object(world.objects(namespace, source.kind, source.group, source.query), judge_one)
 
-def _replica_sets(world: World, namespace: str) -> Iterator[tuple[str, str]]:
-    for item in world.objects(namespace, "replicasets", "apps/v1"):
-        yield f"ReplicaSet {item['metadata']['name']}", str(_condition(item, "ReplicaFailure").get("message", ""))
-
-
-def _events(world: World, namespace: str) -> Iterator[tuple[str, str]]:
-    for item in world.objects(namespace, "events", query="fieldSelector=reason%3DFailedCreate"):
-        owner = item["involvedObject"]
-        # Events stay an hour, also when the fault is gone; a ReplicaSet tells by a condition that ends with it.
-        if owner.get("kind") != "ReplicaSet":
-            yield f"{owner.get('kind')} {owner.get('name')}", str(item.get("message", ""))
+    return each([(namespace, source) for namespace in _namespaces(world) for source in _SOURCES], look)
 
 
-def _workflows(world: World, namespace: str) -> Iterator[tuple[str, str]]:
-    for item in world.objects(namespace, "workflows", "argoproj.io/v1alpha1"):
-        for node in _failed_nodes(item):
-            yield f"Workflow {item['metadata']['name']}", str(node.get("message", ""))
+def _of_replica_set(item: dict[str, Any]) -> tuple[str, str, list[str]]:
+    return "ReplicaSet", item["metadata"]["name"], [str(_condition(item, "ReplicaFailure").get("message", ""))]
+
+
+def _of_event(item: dict[str, Any]) -> tuple[str, str, list[str]]:
+    owner = item["involvedObject"]
+    # Events stay an hour, also when the fault is gone; a ReplicaSet tells by a condition that ends with it.
+    messages = [] if owner.get("kind") == "ReplicaSet" else [str(item.get("message", ""))]
+    return str(owner.get("kind")), str(owner.get("name")), messages
+
+
+def _of_workflow(item: dict[str, Any]) -> tuple[str, str, list[str]]:
+    return "Workflow", item["metadata"]["name"], [str(node.get("message", "")) for node in _failed_nodes(item)]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Objects that tell of refused pods; `refused` reads kind, name and messages from one."""
+
+    kind: str
+    group: str
+    query: str
+    refused: Callable[[dict[str, Any]], tuple[str, str, list[str]]]
+
+
+_SOURCES = (
+    _Source("replicasets", "apps/v1", "", _of_replica_set),
+    _Source("events", "", "fieldSelector=reason%3DFailedCreate", _of_event),
+    _Source("workflows", "argoproj.io/v1alpha1", "", _of_workflow),
+)
 
 
 def _failed_nodes(workflow: dict[str, Any]) -> list[dict[str, Any]]:
@@ -146,51 +192,10 @@ def _failed_nodes(workflow: dict[str, Any]) -> list[dict[str, Any]]:
     return [node for node in nodes if node.get("type") == "Pod" and node.get("message")]
 
 
-def _pull_finding(pod: dict[str, Any], image: str, waiting: dict[str, Any]) -> Finding:
-    said = str(waiting.get("message") or waiting.get("reason"))
-    namespace, low = pod["metadata"]["namespace"], said.lower()
-    override = "haechi submit … --set steps_image=REGISTRY/haechi/steps:TAG --set train_image=REGISTRY/haechi/train:TAG"
-    if _served(pod):
-        override = f"newName: REGISTRY/{image.split(':')[0]}   # in images: of your overlay, then kubectl apply -k"
-    if waiting.get("reason") == "InvalidImageName":
-        cause, fix = f"{image!r} is no image name", override
-    elif waiting.get("reason") == "ErrImageNeverPull":
-        cause, fix = (
-            "the node has no such image, and imagePullPolicy forbids to pull it",
-            f"kind load docker-image {image}",
-        )
-    elif any(
-        word in low for word in ("unauthorized", "denied", "authentication required", "no basic auth", "forbidden")
-    ):
-        cause = "the registry wants credentials that the pod has not, or there is no such repository"
-        account = pod["spec"].get("serviceAccountName", "default")
-        fix = (
-            f"kubectl -n {namespace} create secret docker-registry registry --docker-server=… --docker-username=…\n"
-            f"kubectl -n {namespace} patch serviceaccount {account} "
-            """-p '{"imagePullSecrets": [{"name": "registry"}]}'"""
-        )
-    elif any(word in low for word in ("not found", "manifest unknown", "name unknown", "notfound")):
-        cause, fix = (
-            "the registry has no such repository or tag",
-            f"make images REGISTRY=… TAG=…   # then push; or {override}",
-        )
-    elif "x509" in low or "certificate" in low:
-        cause, fix = (
-            "the node does not trust the registry's certificate",
-            "Give the nodes the registry's CA, then delete the pod.",
-        )
-    elif any(word in low for word in ("no such host", "timeout", "refused", "unreachable", "deadline")):
-        cause, fix = "the node does not reach the registry", override + "   # a registry that the nodes reach"
-    else:
-        cause, fix = (
-            "the node gives no reason that we know",
-            f"kubectl -n {namespace} describe pod {pod['metadata']['name']}",
-        )
-    return Finding(f"{_name(pod)} cannot pull {image}: {said}", cause, fix)
-
-
 def _small_shm(pod: dict[str, Any], container: dict[str, Any]) -> str:
     """How small /dev/shm is; empty where it is large enough."""
+    from kubernetes.utils import parse_quantity
+
     mount = next((item for item in container.get("volumeMounts") or [] if item["mountPath"] == "/dev/shm"), None)  # noqa: S108
     if mount is None:
         return "64 MiB"
@@ -198,8 +203,7 @@ def _small_shm(pod: dict[str, Any], container: dict[str, Any]) -> str:
         (item for item in pod["spec"].get("volumes") or [] if item["name"] == mount["name"]), {}
     )
     limit = str((volume.get("emptyDir") or {}).get("sizeLimit") or "")
-    number = re.fullmatch(r"(\d+)(Ki|Mi|Gi|k|M|G|)", limit)
-    return limit if number and int(number[1]) * _UNITS[number[2]] <= _SMALL else ""
+    return limit if limit and parse_quantity(limit) <= _SMALL else ""
 
 
 def _trains(container: dict[str, Any]) -> bool:
@@ -230,10 +234,6 @@ def _nodes(world: World) -> list[dict[str, Any]] | None:
         return world.cluster.collection("/api/v1/nodes")
     except CannotLook:
         return None
-
-
-def _served(pod: dict[str, Any]) -> bool:
-    return "serving.kserve.io/inferenceservice" in (pod["metadata"].get("labels") or {})
 
 
 def _name(pod: dict[str, Any]) -> str:

@@ -1,10 +1,13 @@
-"""Why the scheduler places a pod nowhere: compared with the nodes, or else read from the scheduler's own words."""
+"""Why the scheduler places a pod nowhere: compared with the nodes, and read from the scheduler's own words."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from decimal import Decimal
 from typing import Any
+
+from .scheduler_words import said, short_of
 
 __all__ = ["why_pending"]
 
@@ -21,6 +24,9 @@ def why_pending(pod: dict[str, Any], nodes: list[Node] | None, message: str) -> 
         nodes: all nodes, or None where we may not list them.
         message: the scheduler's, from the condition PodScheduled.
     """
+    gates = [str(gate["name"]) for gate in pod["spec"].get("schedulingGates") or []]
+    if gates:
+        return _gated(pod, gates)
     if "persistentvolumeclaim" in message.lower():
         namespace = pod["metadata"]["namespace"]
         return "a volume that it mounts is not there or not bound", f"kubectl -n {namespace} describe pvc"
@@ -47,11 +53,43 @@ def why_pending(pod: dict[str, Any], nodes: list[Node] | None, message: str) -> 
     tolerated = [node for node in ready if not _untolerated(pod, node)]
     if not tolerated:
         return _taint(pod, ready)
-    what = ", ".join(f"{count} {name}" for name, count in wanted.items()) or "CPU and memory"
-    names = ", ".join(node["metadata"]["name"] for node in tolerated[:3])
+    return _too_large(pod, tolerated) or said(pod, message) or _taken(wanted, tolerated, message)
+
+
+def _gated(pod: dict[str, Any], gates: list[str]) -> tuple[str, str]:
+    namespace = pod["metadata"]["namespace"]
+    cause = f"the scheduler does not look at it before its gates are lifted: {', '.join(gates)}"
+    if any(gate.startswith("kueue.x-k8s.io/") for gate in gates):
+        cause += " (Kueue: its queue has no room for it, or does not exist)"
+        return cause, f"kubectl -n {namespace} get workloads,localqueues   # then describe its workload"
     return (
-        f"other pods hold what it asks for ({what}) on the nodes that suit it: {names}",
-        f"kubectl describe node {tolerated[0]['metadata']['name']}   # see Allocated resources; wait, end a pod, or add a node",
+        cause,
+        f"kubectl -n {namespace} describe pod {pod['metadata']['name']}   # whoever sets the gate must lift it",
+    )
+
+
+def _too_large(pod: dict[str, Any], nodes: list[Node]) -> tuple[str, str] | None:
+    """More CPU or memory than any of the nodes has, even when nothing else runs there."""
+    for resource, parameter in (("cpu", "train_cpu"), ("memory", "train_memory")):
+        asked = _asked(pod, resource)
+        most = max((str(_allocatable(node).get(resource, "0")) for node in nodes), key=_quantity)
+        if asked > _quantity(most):
+            amount = f"{asked.normalize():f} CPUs" if resource == "cpu" else f"{asked / 2**30:.1f}Gi of memory"
+            fix = f"haechi submit … --set {parameter}=…   # below {most}; the node's own daemons take a part"
+            if _serves(pod):
+                fix = f"resources.requests.{resource}: …   # below {most}, in ServingRuntime haechi-yolo's container"
+            return f"it asks for {amount}, and no node that suits it has more than {most}", fix
+    return None
+
+
+def _taken(wanted: dict[str, int], nodes: list[Node], message: str) -> tuple[str, str]:
+    """The nodes would do, were they empty; the scheduler tells which resource is short."""
+    short = short_of(message)
+    shown = [f"{wanted[name]} {name}" if name in wanted else name for name in short or wanted]
+    names = ", ".join(node["metadata"]["name"] for node in nodes[:3])
+    return (
+        f"other pods hold what it asks for ({', '.join(shown) or 'CPU and memory'}) on the nodes that suit it: {names}",
+        f"kubectl describe node {nodes[0]['metadata']['name']}   # see Allocated resources; wait, end a pod, or add a node",
     )
 
 
@@ -113,7 +151,7 @@ def _toleration(taint: dict[str, Any]) -> str:
 
 def _setting(pod: dict[str, Any], parameter: str, value: str) -> str:
     """How that is set: by a parameter of the pipeline, or in the runtime of a predictor."""
-    if "serving.kserve.io/inferenceservice" not in (pod["metadata"].get("labels") or {}):
+    if not _serves(pod):
         return f'haechi submit … --set "{parameter}={value}"'
     field = {"node_selector": "nodeSelector", "tolerations": "tolerations"}.get(parameter)
     if field:
@@ -138,10 +176,12 @@ def _from_message(pod: dict[str, Any], message: str) -> tuple[str, str]:
         return f"no node matches its node selector or affinity ({chosen or 'affinity'})", _setting(
             pod, "node_selector", "{}"
         )
-    short = re.findall(r"Insufficient ([\w./-]+)", message)
+    told, short = said(pod, message), short_of(message)
+    if told:
+        return told
     if short:
         return (
-            f"no node has enough {', '.join(dict.fromkeys(short))}: none there at all, or all taken",
+            f"no node has enough {', '.join(short)}: none there at all, or all taken",
             "Ask who may list nodes: kubectl describe nodes | grep -A8 Allocatable",
         )
     return "the scheduler says no more than that", (
@@ -159,6 +199,28 @@ def _accelerators(pod: dict[str, Any]) -> dict[str, int]:
             if "/" in name and str(count).isdigit():
                 wanted[name] = wanted.get(name, 0) + int(count)
     return {name: count for name, count in wanted.items() if count}
+
+
+def _asked(pod: dict[str, Any], resource: str) -> Decimal:
+    """What the pod asks of a resource: its containers together, or its largest init container."""
+
+    def amount(container: dict[str, Any]) -> Decimal:
+        resources = container.get("resources") or {}
+        both = {**(resources.get("limits") or {}), **(resources.get("requests") or {})}
+        return _quantity(str(both.get(resource, "0")))
+
+    spec = pod["spec"]
+    return max(sum(map(amount, spec["containers"]), Decimal(0)), *map(amount, spec.get("initContainers") or [{}]))
+
+
+def _quantity(text: str) -> Decimal:
+    from kubernetes.utils import parse_quantity
+
+    return Decimal(parse_quantity(text))
+
+
+def _serves(pod: dict[str, Any]) -> bool:
+    return "serving.kserve.io/inferenceservice" in (pod["metadata"].get("labels") or {})
 
 
 def _allocatable(node: Node) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .findings import CannotLook, Finding
+from .findings import CannotLook, Finding, each_object
 from .world import World
 
 __all__ = ["canary_mode", "kserve_installed", "model_load", "runtime"]
@@ -29,10 +29,7 @@ def kserve_installed(world: World) -> list[Finding]:
 def canary_mode(world: World) -> list[Finding]:
     """Canaries in a mode that splits traffic: `canaryTrafficPercent` in Knative, `spec.canary` with Gateway API."""
     config = _kserve_config(world)
-    found = []
-    for service in _services(world):
-        found += _canary(world, service, config)
-    return found
+    return each_object(_services(world), lambda service: _canary(world, service, config))
 
 
 def runtime(world: World) -> list[Finding]:
@@ -47,7 +44,7 @@ def runtime(world: World) -> list[Finding]:
     except CannotLook as error:
         unseen = error
     known = [item for item in known if not item["spec"].get("disabled")]
-    found = [finding for service in services for finding in _runtime(world, service, known, unseen is None)]
+    found = each_object(services, lambda service: _runtime(service, known, unseen is None))
     if not _supporting(known, _FORMAT) and not found and unseen is None:
         found.append(
             Finding(
@@ -63,22 +60,22 @@ def runtime(world: World) -> list[Finding]:
 
 def model_load(world: World) -> list[Finding]:
     """InferenceServices whose model does not load, by KServe's own report."""
-    found = []
-    for service in _services(world):
-        status = service.get("status") or {}
-        model = status.get("modelStatus") or {}
+
+    def judge(service: dict[str, Any]) -> list[Finding]:
+        model = (service.get("status") or {}).get("modelStatus") or {}
         if model.get("transitionStatus") not in ("BlockedByFailedLoad", "InvalidSpec"):
-            continue
+            return []
         failure = model.get("lastFailureInfo") or {}
         said = str(failure.get("message") or failure.get("reason") or "no reason was given")
-        cause, fix = _load_cause(world, service, said)
-        found.append(Finding(f"{_name(service)} does not load its model: {said[:300]}", cause, fix))
-    return found
+        cause, fix = _load_cause(service, said)
+        return [Finding(f"{_name(service)} does not load its model: {said[:300]}", cause, fix)]
+
+    return each_object(_services(world), judge)
 
 
-def _load_cause(world: World, service: dict[str, Any], said: str) -> tuple[str, str]:
+def _load_cause(service: dict[str, Any], said: str) -> tuple[str, str]:
     namespace, low = service["metadata"]["namespace"], said.lower()
-    uri = ((service["spec"].get("predictor") or {}).get("model") or {}).get("storageUri", "its storageUri")
+    uri = _model(service).get("storageUri", "its storageUri")
     if any(word in low for word in ("accessdenied", "forbidden", "403", "invalidaccesskeyid", "signaturedoesnotmatch")):
         return "the store refuses the keys of KServe's storage initializer", (
             f"kubectl -n {namespace} get secret haechi-s3 -o yaml   # AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"
@@ -182,31 +179,82 @@ def _kserve_config(world: World) -> dict[str, Any]:
     return parsed
 
 
-def _runtime(world: World, service: dict[str, Any], known: list[dict[str, Any]], all_seen: bool) -> list[Finding]:
-    predictor = service["spec"].get("predictor") or {}
-    model = predictor.get("model") or {}
+def _runtime(service: dict[str, Any], known: list[dict[str, Any]], all_seen: bool) -> list[Finding]:
+    model = _model(service)
     wanted, named = (model.get("modelFormat") or {}).get("name", ""), model.get("runtime", "")
     if not model:
         return []
-    namespace, name = service["metadata"]["namespace"], service["metadata"]["name"]
+    namespace = service["metadata"]["namespace"]
     own = f"kubectl -n {namespace} apply --server-side -k manifests/base/serving"
     if named:
-        if any(item["metadata"]["name"] == named for item in known) or not all_seen:
-            return []
-        return [Finding(f"{_name(service)} names runtime {named}", "there is no such runtime, or it is disabled", own)]
-    automatic = [item for item in _supporting(known, wanted) if _automatic(item, wanted)]
+        return _named_runtime(service, model, known, own) if all_seen or _by_name(known, named) else []
+    automatic = [item for item in known if _automatic(item, wanted)]
     if wanted == "onnx":
         taker = ", ".join(item["metadata"]["name"] for item in automatic) or "no runtime"
-        fix = (
-            f"kubectl -n {namespace} patch inferenceservice {name} --type=merge "
-            """-p '{"spec": {"predictor": {"model": {"modelFormat": {"name": "yolo-onnx"}}}}}'"""
-        )
         cause = f"for format onnx KServe selects {taker} by itself, which knows nothing of boxes; ours is {_FORMAT}"
-        return [Finding(f"{_name(service)} has format onnx", cause, fix)]
-    if automatic or not all_seen:
+        return [Finding(f"{_name(service)} has format onnx", cause, _to_our_format(service))]
+    if not all_seen:
         return []
-    cause = f"no runtime in {namespace} or in the cluster selects itself for format {wanted!r}"
+    suited = [item for item in automatic if not _unsuited(item, model)]
+    if suited:
+        return []
+    refused = "; ".join(f"{item['metadata']['name']} {_unsuited(item, model)}" for item in automatic)
+    cause = refused or f"no runtime in {namespace} or in the cluster selects itself for format {wanted!r}"
     return [Finding(f"{_name(service)} finds no runtime", cause, own)]
+
+
+def _named_runtime(
+    service: dict[str, Any], model: dict[str, Any], known: list[dict[str, Any]], own: str
+) -> list[Finding]:
+    """A runtime that the InferenceService names is there, and takes its format and protocol."""
+    named, wanted = model["runtime"], (model.get("modelFormat") or {}).get("name", "")
+    item = _by_name(known, named)
+    symptom = f"{_name(service)} names runtime {named}"
+    if item is None:
+        return [Finding(symptom, "there is no such runtime, or it is disabled", own)]
+    if not _supporting([item], wanted):
+        takes = ", ".join(entry["name"] for entry in _formats(item)) or "no format"
+        fix = _to_our_format(service) if _supporting([item], _FORMAT) else own
+        return [Finding(symptom, f"that runtime takes {takes}, and the model's format is {wanted!r}", fix)]
+    unsuited = _unsuited(item, model)
+    return [Finding(symptom, f"{named} {unsuited}", own)] if unsuited else []
+
+
+def _unsuited(item: dict[str, Any], model: dict[str, Any]) -> str:
+    """Why KServe does not give a runtime of the right format this model; empty where it does."""
+    spec, protocol = item["spec"], model.get("protocolVersion")
+    spoken = spec.get("protocolVersions") or []
+    if protocol and spoken and protocol not in spoken:
+        return f"speaks protocol {', '.join(spoken)}, and the model's protocolVersion is {protocol}"
+    if spec.get("multiModel"):
+        return (
+            "is for many models in one pod (multiModel: true, as ModelMesh has it), not for an InferenceService's own"
+        )
+    return ""
+
+
+def _model(service: dict[str, Any]) -> dict[str, Any]:
+    """The predictor's model, also where it is written the former way, `predictor.onnx`; KServe turns that into `model`."""
+    predictor = service["spec"].get("predictor") or {}
+    if predictor.get("onnx") and not predictor.get("model"):
+        return {**predictor["onnx"], "modelFormat": {"name": "onnx"}}
+    found: dict[str, Any] = predictor.get("model") or {}
+    return found
+
+
+def _to_our_format(service: dict[str, Any]) -> str:
+    namespace, name = service["metadata"]["namespace"], service["metadata"]["name"]
+    patch = f"kubectl -n {namespace} patch inferenceservice {name} --type="
+    if (service["spec"].get("predictor") or {}).get("model"):
+        body = {"spec": {"predictor": {"model": {"modelFormat": {"name": _FORMAT}}}}}
+        return f"{patch}merge -p '{json.dumps(body)}'"
+    move = {"op": "move", "from": "/spec/predictor/onnx", "path": "/spec/predictor/model"}
+    add = {"op": "add", "path": "/spec/predictor/model/modelFormat", "value": {"name": _FORMAT}}
+    return f"{patch}json -p '{json.dumps([move, add])}'"
+
+
+def _by_name(known: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    return next((item for item in known if item["metadata"]["name"] == name), None)
 
 
 def _supporting(known: list[dict[str, Any]], wanted: str) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
+from typing import Any
 from urllib.parse import urlsplit
 
 from minio.error import S3Error
@@ -13,7 +14,7 @@ from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
 
 from .cluster import pod_settings
-from .findings import CannotLook, Finding, NotAsked
+from .findings import CannotLook, Finding, NotAsked, each
 from .web import Unreached, fetch, resolves
 from .world import World
 
@@ -73,36 +74,75 @@ def step_keys(world: World) -> list[Finding]:
 
 
 def kserve_keys(world: World) -> list[Finding]:
-    """The keys of KServe's storage initializer: attached to the service account, whole, and accepted by the store."""
+    """The keys of KServe's storage initializer: attached to the predictors' service accounts, whole, and accepted."""
     namespace = world.aim.serving
-    account = world.cluster.get(f"/api/v1/namespaces/{namespace}/serviceaccounts/default") or {}
-    attached = [str(item.get("name")) for item in account.get("secrets") or []]
-    name = "haechi-s3" if "haechi-s3" in attached or not attached else attached[0]
-    found = world.cluster.get(f"/api/v1/namespaces/{namespace}/secrets/{name}")
+    services = world.objects(namespace, "inferenceservices", "serving.kserve.io/v1beta1")
+    accounts = {str((item["spec"].get("predictor") or {}).get("serviceAccountName") or "default") for item in services}
+    without_keys: list[str] = []
+
+    def look(account: str) -> list[Finding]:
+        path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}"
+        listed = (world.cluster.get(path) or {}).get("secrets") or []
+        attached = [str(item.get("name")) for item in listed]
+        name = "haechi-s3" if "haechi-s3" in attached or not attached else attached[0]
+        found = world.cluster.get(f"/api/v1/namespaces/{namespace}/secrets/{name}")
+        if found is None and not attached:
+            without_keys.append(account)
+            return []
+        return _kserve_secret(world, account, name, found, attached)
+
+    judged = each(sorted(accounts) or ["default"], look)
+    if without_keys and not judged and len(without_keys) == len(accounts or {"default"}):
+        reason = "its pods have a workload identity, or nothing is served"
+        raise NotAsked(f"{namespace} has no Secret haechi-s3: {reason}")
+    return judged
+
+
+def _kserve_secret(
+    world: World, account: str, name: str, found: dict[str, Any] | None, attached: list[str]
+) -> list[Finding]:
+    namespace = world.aim.serving
     data = world.secret(namespace, name)
     if found is None or data is None:
-        if not attached:
-            raise NotAsked(
-                f"{namespace} has no Secret haechi-s3: its pods have a workload identity, or nothing is served"
-            )
-        cause, fix = "ServiceAccount default lists it", "kubectl apply -k manifests/examples/secrets"
+        cause, fix = f"ServiceAccount {account} lists it", "kubectl apply -k manifests/examples/secrets"
         return [Finding(f"Secret {namespace}/{name} does not exist", cause, fix)]
-    wrong = _attached(namespace, name, attached) + _whole(namespace, name, data)
     annotations = found["metadata"].get("annotations") or {}
-    wrong += _annotations(namespace, name, annotations)
-    if wrong:
-        return wrong
-    return _with_kserve_keys(world, namespace, name, data, annotations)
+    wrong = _attached(namespace, account, name, attached) + _whole(namespace, name, data)
+    wrong += _annotations(namespace, name, annotations) or _protocol(world, name, annotations)
+    return wrong or _with_kserve_keys(world, namespace, name, data, annotations)
+
+
+def _protocol(world: World, name: str, annotations: dict[str, str]) -> list[Finding]:
+    """KServe asks the store by the protocol by which steps ask the same host: seen also from where it has no address."""
+    namespace, aim = world.aim.serving, world.aim
+    host, scheme = annotations.get(f"{_ANNOTATION}s3-endpoint"), _scheme(annotations)
+    for place, config in ((namespace, "haechi-serving-settings"), (aim.namespace, aim.config_map)):
+        url = (world.config(place, config) or {}).get("HAECHI_S3_ENDPOINT", "")
+        other, _, at = url.rstrip("/").partition("://")
+        if host and at == host and other != scheme:
+            fix = (
+                f"kubectl -n {namespace} annotate secret {name} --overwrite {_ANNOTATION}s3-usehttps="
+                f"{int(other == 'https')}   # if {other} is right"
+            )
+            cause = (
+                f"KServe asks {host} by {scheme}, from s3-usehttps; HAECHI_S3_ENDPOINT of ConfigMap {place}/{config} "
+                f"says {other}"
+            )
+            return [Finding(f"Secret {namespace}/{name} and the settings name two protocols for one store", cause, fix)]
+    return []
+
+
+def _scheme(annotations: dict[str, str]) -> str:
+    return "http" if annotations.get(f"{_ANNOTATION}s3-usehttps") == "0" else "https"
 
 
 def _with_kserve_keys(
     world: World, namespace: str, name: str, data: dict[str, str], annotations: dict[str, str]
 ) -> list[Finding]:
-    scheme = "http" if annotations.get(f"{_ANNOTATION}s3-usehttps") == "0" else "https"
     serving = world.config(namespace, "haechi-serving-settings") or {}
     host = annotations.get(f"{_ANNOTATION}s3-endpoint") or "s3.amazonaws.com"
     wanted = Settings(
-        s3_endpoint=f"{scheme}://{host}",
+        s3_endpoint=f"{_scheme(annotations)}://{host}",
         s3_access_key=data[_AWS[0]],
         s3_secret_key=data[_AWS[1]],
         s3_region=annotations.get(f"{_ANNOTATION}s3-region", "us-east-1"),
@@ -122,7 +162,7 @@ def _from_here(world: World, wanted: Settings) -> Settings:
     """
     if resolves(wanted.s3_endpoint):
         return wanted
-    local = world.settings.s3_endpoint
+    local = world.forwarded.s3_endpoint
     if local:
         return replace(wanted, s3_endpoint=local)
     parts = urlsplit(wanted.s3_endpoint)
@@ -134,14 +174,14 @@ def _from_here(world: World, wanted: Settings) -> Settings:
     )
 
 
-def _attached(namespace: str, name: str, attached: list[str]) -> list[Finding]:
+def _attached(namespace: str, account: str, name: str, attached: list[str]) -> list[Finding]:
     if name in attached:
         return []
     return [
         Finding(
-            f"ServiceAccount {namespace}/default does not list Secret {name}",
+            f"ServiceAccount {namespace}/{account} does not list Secret {name}",
             "KServe's storage initializer finds its keys through the service account, and asks the store without any",
-            f"""kubectl -n {namespace} patch serviceaccount default -p '{{"secrets": [{{"name": "{name}"}}]}}'""",
+            f"""kubectl -n {namespace} patch serviceaccount {account} -p '{{"secrets": [{{"name": "{name}"}}]}}'""",
         )
     ]
 

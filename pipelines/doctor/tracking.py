@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from urllib.parse import unquote, urlsplit
 
 from haechi.components.shared.errors import TrackingError
 from haechi.components.shared.tracking import Tracker
@@ -48,12 +49,14 @@ def step_mlflow(world: World) -> list[Finding]:
         fix = f"kubectl -n {aim.namespace} edit secret {aim.mlflow_secret}"
         return [Finding(f"{where} has only one of username and password", "MLflow wants both, or a token", fix)]
     if not resolves(uri):
+        uri = world.forwarded.mlflow_tracking_uri.rstrip("/") or uri
+    if not resolves(uri):
         raise CannotLook(
             f"{uri} has no address here, so MLflow was not asked with the steps' credentials",
             "kubectl -n mlflow port-forward service/mlflow 5000 & MLFLOW_TRACKING_URI=http://localhost:5000 haechi doctor",
         )
     try:
-        answer = fetch(uri + _SEARCH, _authorization(keys or {}))
+        answer = fetch(uri + _SEARCH, _authorization(uri, keys or {}))
     except Unreached as error:
         return [error.finding("MLflow", f"# the setting is MLFLOW_TRACKING_URI in ConfigMap {aim.config_map}")]
     return _judge(uri, where if keys is not None else f"nobody (there is no {where})", answer)
@@ -97,10 +100,14 @@ def _judge(uri: str, who: str, answer: Answer) -> list[Finding]:
     ]
 
 
-def _authorization(keys: dict[str, str]) -> dict[str, str]:
-    if keys.get("username"):
-        pair = f"{keys['username']}:{keys.get('password', '')}".encode()
-        return {"Authorization": "Basic " + base64.b64encode(pair).decode()}
+def _authorization(uri: str, keys: dict[str, str]) -> dict[str, str]:
+    """As MLflow's client asks: with the credentials of the URI before those of the Secret."""
+    parts = urlsplit(uri)
+    user, password = unquote(parts.username or ""), unquote(parts.password or "")
+    if not user:
+        user, password = keys.get("username", ""), keys.get("password", "")
+    if user:
+        return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
     return {"Authorization": f"Bearer {keys['token']}"} if keys.get("token") else {}
 
 

@@ -91,6 +91,16 @@ class World:
         self.secrets |= {found.s3_access_key, found.s3_secret_key, found.roboflow_api_key}
         return found
 
+    @property
+    def forwarded(self) -> Settings:
+        """The ways that the environment names to the cluster's own services; services of `haechi up` are others.
+
+        Raises:
+            CannotLook: the environment's settings cannot be read.
+        """
+        _ = self.settings  # says why they cannot be read, and keeps their secrets out of reports
+        return self.read_settings()
+
     def read_settings(self) -> Settings:
         """The environment's settings, as they are.
 

@@ -11,6 +11,7 @@ import base64
 import copy
 import dataclasses
 import json
+import shlex
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,9 @@ from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
 from haechi.pipelines.cli import main
 from haechi.pipelines.doctor.checks import CHECKS
-from haechi.pipelines.doctor.examine import Diagnosis, examine
+from haechi.pipelines.doctor.examine import Diagnosis, Result, examine
+from haechi.pipelines.doctor.report import as_lines
+from haechi.pipelines.doctor.scheduling import why_pending
 from haechi.pipelines.doctor.world import Aim, World
 
 pytestmark = pytest.mark.e2e
@@ -68,8 +71,8 @@ class Place:
             workdir=Path("/nonexistent"),
         )
 
-    def examine(self, user: str = "admin", **change: Any) -> Diagnosis:
-        return examine(World(dataclasses.replace(self.aim(user), **change), env={}), checks=CLUSTER_CHECKS)
+    def examine(self, user: str = "admin", env: dict[str, str] | None = None, **change: Any) -> Diagnosis:
+        return examine(World(dataclasses.replace(self.aim(user), **change), env=env or {}), checks=CLUSTER_CHECKS)
 
     def config(self, namespace: str, name: str, **data: str) -> None:
         meta = {"name": name, "namespace": namespace}
@@ -258,6 +261,30 @@ WAITING = [
         "kubectl describe node gpu-1",
     ),
     ({"container": gpus(1)}, {"gpus": 1}, "other pods hold what it asks for (1 nvidia.com/gpu)", "gpu-1"),
+    (
+        {"container": {"resources": {"requests": {"cpu": "64"}, "limits": {GPU: "1"}}}},
+        {"gpus": 1},
+        "it asks for 64 CPUs, and no node that suits it has more than 8",
+        "train_cpu=…   # below 8",
+    ),
+    (
+        {"container": {"resources": {"requests": {"memory": "48Gi"}, "limits": {GPU: "1"}}}},
+        {"gpus": 1},
+        "it asks for 48.0Gi of memory, and no node that suits it has more than 32Gi",
+        "train_memory=…   # below 32Gi",
+    ),
+    (
+        {"container": gpus(1), "schedulingGates": [{"name": "kueue.x-k8s.io/admission"}]},
+        {"gpus": 1},
+        "its gates are lifted: kueue.x-k8s.io/admission (Kueue",
+        "workloads,localqueues",
+    ),
+    (
+        {"container": gpus(1), "schedulingGates": [{"name": "example.com/review"}]},
+        {"gpus": 1},
+        "its gates are lifted: example.com/review",
+        "describe pod train",
+    ),
 ]
 
 
@@ -271,6 +298,43 @@ def test_a_pod_that_waits_for_a_gpu_is_told_why(
     finding = only(place.examine(), "pending")
     assert cause in finding.cause
     assert any(word in finding.fix for word in fix.split("|"))
+
+
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize(
+    ("words", "cause", "fix"),
+    [
+        ("1 node(s) didn't match pod anti-affinity rules.", "pod anti-affinity", "get pod train"),
+        ("1 node(s) didn't satisfy existing pods anti-affinity rules.", "pod anti-affinity", "get pod train"),
+        ("1 node(s) didn't match pod affinity rules.", "pod affinity wants it beside", "get pod train"),
+        ("1 node(s) didn't match pod topology spread constraints.", "topology spread", "get pod train"),
+        ("1 node(s) had volume node affinity conflict.", "a volume that it mounts is in a zone", "get pvc"),
+        ("1 node(s) exceed max volume count.", "as many volumes as they may", "csinodes"),
+        ("1 node(s) didn't have free ports for the requested pod ports.", "host port", "hostPort"),
+        ("1 Too many pods.", "as many pods as they may", "allocatable.pods"),
+    ],
+)
+def test_what_only_the_scheduler_knows_is_told_in_its_words(seen: bool, words: str, cause: str, fix: str) -> None:
+    pod = {"metadata": {"namespace": "runs", "name": "train"}, "spec": {"containers": [gpus(1)]}}
+    node = {"metadata": {"name": "a"}, "spec": {}, "status": {"allocatable": {GPU: "1", "cpu": "8"}}}
+    told = why_pending(pod, [node] if seen else None, f"0/1 nodes are available: {words}")
+    assert cause in told[0]
+    assert fix in told[1]
+
+
+def test_of_what_is_taken_that_is_told_which_the_scheduler_calls_short(
+    place: Place, nodes: Callable[..., None]
+) -> None:
+    nodes("gpu-1", gpus=1)
+    place.pod("train", trainer(container=gpus(1)), unschedulable("0/1 nodes are available: 1 Insufficient cpu."))
+    assert "other pods hold what it asks for (cpu)" in only(place.examine(), "pending").cause
+
+
+def test_a_detector_that_asks_too_much_is_mended_in_its_runtime(place: Place, nodes: Callable[..., None]) -> None:
+    nodes("cpu-1")
+    container = {"name": "kserve-container", "image": "haechi/serving:0.1.0", "resources": {"requests": {"cpu": "9"}}}
+    place.pod("entrance-1", {"containers": [container]}, unschedulable("0/1 nodes are available"), serves="entrance")
+    assert "resources.requests.cpu: …   # below 8" in only(place.examine(), "pending").fix
 
 
 def test_tolerations_that_are_there_already_are_not_asked_for_again(place: Place, nodes: Callable[..., None]) -> None:
@@ -326,6 +390,7 @@ def test_a_detector_that_waits_is_mended_in_its_runtime(place: Place, nodes: Cal
     [
         ({"container": {"volumeMounts": []}, "volumes": []}, "64 MiB"),
         ({"volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Mi"}}]}, "64Mi"),
+        ({"volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "0.05Gi"}}]}, "0.05Gi"),
     ],
 )
 def test_training_with_little_shared_memory_is_found(place: Place, change: dict[str, Any], symptom: str) -> None:
@@ -353,6 +418,17 @@ def test_training_with_little_shared_memory_is_found(place: Place, change: dict[
         ("ErrImagePull", "dial tcp: lookup registry.example.com: no such host", "does not reach", "train_image="),
         ("ErrImageNeverPull", "Container image is not present with pull policy of Never", "no such image", "kind load"),
         ("InvalidImageName", "couldn't parse image reference", "no image name", "train_image="),
+        ("ErrImagePull", "no match for platform in manifest: not found", "no variant", "kubernetes.io/arch"),
+        (
+            "ErrImagePull",
+            "toomanyrequests: You have reached your pull rate limit",
+            "limits how often",
+            "docker-registry",
+        ),
+        ("ErrImagePull", "write /var/lib/containerd/x: no space left on device", "disk of node NODE is full", "rmi"),
+        ("ErrImagePull", "lookup registry on 10.96.0.10:53: server misbehaving", "does not reach", "train_image="),
+        ("ErrImagePull", "http: server gave HTTP response to HTTPS client", "plain HTTP", "hosts.toml"),
+        ("ImagePullBackOff", 'Back-off pulling image "haechi/train:0.1.0"', "no reason that we know", "describe pod"),
     ],
 )
 def test_an_image_that_cannot_be_pulled_is_told_with_the_reason(
@@ -406,12 +482,44 @@ def test_a_quota_that_is_used_up_is_found_in_the_workflow(place: Place) -> None:
     assert f"kubectl -n {place.runs} describe resourcequota gpus" in finding.fix
 
 
+@pytest.mark.parametrize(("hard", "still"), [("0", True), ("4", False), (None, False)])
+@pytest.mark.parametrize("phase", ["Running", "Failed"])
+def test_what_a_quota_refused_counts_as_long_as_it_would_refuse_it_again(
+    place: Place, phase: str, hard: str | None, still: bool
+) -> None:
+    said = (
+        'pods "x" is forbidden: exceeded quota: gpus, requested: limits.cpu=1,requests.nvidia.com/gpu=1, '
+        "used: limits.cpu=0,requests.nvidia.com/gpu=0, limited: limits.cpu=9,requests.nvidia.com/gpu=0"
+    )
+    node = {"type": "Pod", "phase": "Error", "displayName": "executor", "message": said}
+    workflow(place, "training-1", phase, {"n1": node, "n2": node})
+    if hard:
+        spec = {"hard": {f"requests.{GPU}": hard}}
+        body = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "gpus"}, "spec": spec}
+        place.create(f"/api/v1/namespaces/{place.runs}/resourcequotas", body)
+    diagnosis = place.examine()
+    if still:
+        assert "exceeded quota: gpus" in only(diagnosis, "quota").cause
+    else:
+        assert diagnosis.exit_code == 0
+
+
+def test_a_quota_that_wants_limits_where_none_are_given_is_found(place: Place) -> None:
+    hard = {"limits.cpu": "4"}
+    path = f"/api/v1/namespaces/{place.runs}/resourcequotas"
+    body = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "cpus"}, "spec": {"hard": hard}}
+    place.create(path, body, {"hard": hard, "used": {"limits.cpu": "0"}})
+    said = place.refused(place.runs, trainer())
+    workflow(place, "training-1", "Running", {"n1": {"type": "Pod", "message": said}})
+    assert "must specify limits.cpu" in only(place.examine(), "quota").cause
+
+
 # runs -------------------------------------------------------------------------------------------------------------
 
 
-def workflow(place: Place, name: str, phase: str, nodes: dict[str, Any]) -> None:
-    body = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "metadata": {"name": name}, "spec": {}}
-    body["status"] = {"phase": phase, "nodes": nodes}
+def workflow(place: Place, name: str, phase: str, nodes: dict[str, Any], status: Any = None) -> None:
+    body: dict[str, Any] = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "spec": {}}
+    body |= {"metadata": {"name": name}, "status": status or {"phase": phase, "nodes": nodes}}
     place.create(f"/apis/argoproj.io/v1alpha1/namespaces/{place.runs}/workflows", body)
 
 
@@ -445,6 +553,24 @@ def test_a_run_that_took_its_training_from_the_cache_is_healthy(place: Place) ->
     workflow(place, "training-1", "Succeeded", nodes | drivers(condition="false", refuse="true"))
     workflow(place, "training-2", "Failed", drivers(deploy="true"))
     assert place.examine().exit_code == 0
+
+
+def test_other_peoples_runs_may_come_from_the_cache_as_a_whole(place: Place) -> None:
+    workflow(place, "theirs", "Succeeded", drivers(preprocess="true", deploy="true"))
+    assert place.examine().exit_code == 0
+
+
+def test_one_workflow_that_is_none_hides_nothing_that_the_others_show(place: Place) -> None:
+    said = 'violates PodSecurity "restricted:latest": allowPrivilegeEscalation != false'
+    workflow(place, "odd", "", {}, status="text")
+    workflow(place, "stale", "Succeeded", drivers(resolve="false", deploy="true"))
+    workflow(place, "refused", "Running", {"n1": {"type": "Pod", "message": said}})
+    diagnosis = place.examine()
+    assert "deploy never ran" in _findings(diagnosis, "cached-steps")[0].symptom
+    assert "allowPrivilegeEscalation" in _findings(diagnosis, "pod-security")[0].cause
+    unseen = {result.check: result.unseen for result in diagnosis.results if result.unseen}
+    assert set(unseen) == {"quota", "pod-security", "cached-steps"}
+    assert all(f"Workflow {place.runs}/odd is not built as its kind is" in problem for problem in unseen.values())
 
 
 # serving ----------------------------------------------------------------------------------------------------------
@@ -505,25 +631,66 @@ def test_a_missing_runtime_is_found(place: Place) -> None:
     assert "kubectl" in finding.fix
 
 
-def test_triton_that_takes_onnx_by_itself_is_found(place: Place) -> None:
+ONNX = {"modelFormat": {"name": "onnx"}, "storageUri": "s3://haechi/models/a/1"}
+
+
+@pytest.fixture
+def triton(place: Place) -> Iterator[None]:
+    """The runtime that KServe brings, in short."""
     formats = [{"name": "onnx", "version": "1", "autoSelect": True, "priority": 1}]
     spec = {"supportedModelFormats": formats, "containers": [{"name": "kserve-container", "image": "triton:1"}]}
-    path, meta = "/apis/serving.kserve.io/v1alpha1/clusterservingruntimes", {"name": "kserve-tritonserver"}
-    entry = {
-        "apiVersion": "serving.kserve.io/v1alpha1",
-        "kind": "ClusterServingRuntime",
-        "metadata": meta,
-        "spec": spec,
-    }
-    place.create(path, entry)
-    try:
-        model = {"modelFormat": {"name": "onnx"}, "storageUri": "s3://haechi/models/a/1"}
-        place.isvc("entrance", {"predictor": {"model": model}}, {})
-        finding = only(place.examine(), "runtime")
-    finally:
-        place.server.request("DELETE", f"{path}/kserve-tritonserver")
+    path, kind = "/apis/serving.kserve.io/v1alpha1/clusterservingruntimes", "ClusterServingRuntime"
+    meta = {"name": "kserve-tritonserver"}
+    place.create(path, {"apiVersion": "serving.kserve.io/v1alpha1", "kind": kind, "metadata": meta, "spec": spec})
+    yield
+    place.server.request("DELETE", f"{path}/kserve-tritonserver")
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_triton_that_takes_onnx_by_itself_is_found_and_the_fix_mends_it(
+    place: Place, triton: None, former: bool
+) -> None:
+    if former:
+        body = {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService", "metadata": {"name": "entrance"}}
+        body["spec"] = {"predictor": {"onnx": {"storageUri": "s3://haechi/models/a/1"}}}
+        place.create(ISVC.format(place.serving), body)
+    else:
+        place.isvc("entrance", {"predictor": {"model": ONNX}}, {})
+    finding = only(place.examine(), "runtime")
     assert "kserve-tritonserver" in finding.cause
-    assert "yolo-onnx" in finding.fix
+    place.server.kubectl(*shlex.split(finding.fix)[1:])
+    assert place.examine().exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("runtime", "model", "symptom", "cause"),
+    [
+        (
+            {},
+            {**ONNX, "runtime": "haechi-yolo"},
+            "names runtime haechi-yolo",
+            "takes yolo-onnx, and the model's format",
+        ),
+        ({"protocolVersions": ["v1"]}, {"protocolVersion": "v2"}, "finds no runtime", "speaks protocol v1, and the"),
+        (
+            {"protocolVersions": ["v1"]},
+            {"protocolVersion": "v2", "runtime": "haechi-yolo"},
+            "names runtime haechi-yolo",
+            "speaks protocol v1, and the model's protocolVersion is v2",
+        ),
+        ({"multiModel": True}, {}, "finds no runtime", "haechi-yolo is for many models in one pod"),
+    ],
+)
+def test_a_runtime_that_does_not_take_the_model_is_found(
+    place: Place, runtime: dict[str, Any], model: dict[str, Any], symptom: str, cause: str
+) -> None:
+    path = f"/apis/serving.kserve.io/v1alpha1/namespaces/{place.serving}/servingruntimes/haechi-yolo"
+    place.patch(path, {"spec": runtime})
+    usual = {"modelFormat": {"name": "yolo-onnx"}, "storageUri": "s3://haechi/models/a/1"}
+    place.isvc("entrance", {"predictor": {"model": {**usual, **model}}}, {})
+    finding = only(place.examine(), "runtime")
+    assert symptom in finding.symptom
+    assert cause in finding.cause
 
 
 def test_a_runtime_that_is_named_and_not_there_is_found(place: Place) -> None:
@@ -558,6 +725,18 @@ def test_a_service_account_without_rights_is_found(place: Place) -> None:
     assert f"system:serviceaccount:{place.runs}:pipeline-runner may not" in finding.symptom
     assert "delete inferenceservices.serving.kserve.io" in finding.symptom
     assert f"--serviceaccount={place.runs}:pipeline-runner" in finding.fix
+
+
+def test_a_reconciler_without_rights_is_found(place: Place) -> None:
+    manifest = ROOT / "manifests" / "components" / "reconciler" / "serviceaccount.yaml"
+    name = yaml.safe_load(manifest.read_text())["metadata"]["name"]
+    user = place.server.make_service_account(place.runs, name)
+    finding = only(place.examine(), "rights")
+    assert f"system:serviceaccount:{place.runs}:{name} may not" in finding.symptom
+    assert "the reconciler will fail" in finding.symptom
+    place.server.kubectl(*shlex.split(finding.fix.splitlines()[-1])[1:])
+    assert place.examine().exit_code == 0
+    assert not _findings(place.examine(user), "rights")
 
 
 def test_the_steps_own_account_may_ask_about_itself(place: Place) -> None:
@@ -670,6 +849,72 @@ def test_kserves_secret_that_is_not_whole_is_found(place: Place, keys: dict[str,
 def test_a_service_account_that_does_not_list_the_keys_is_found(place: Place) -> None:
     place.patch(f"/api/v1/namespaces/{place.serving}/serviceaccounts/default", {"secrets": []})
     assert "patch serviceaccount default" in only(place.examine(), "kserve-keys").fix
+
+
+def test_a_predictors_own_service_account_may_list_the_keys(place: Place) -> None:
+    accounts = f"/api/v1/namespaces/{place.serving}/serviceaccounts"
+    place.server.make_service_account(place.serving, "models")
+    place.patch(f"{accounts}/models", {"secrets": [{"name": "haechi-s3"}]})
+    place.patch(f"{accounts}/default", {"secrets": []})
+    place.isvc("entrance", {"predictor": {"serviceAccountName": "models"}}, {"deploymentMode": "Standard"})
+    assert place.examine().exit_code == 0
+    place.patch(f"{accounts}/models", {"secrets": []})
+    assert f"{place.serving}/models does not list" in only(place.examine(), "kserve-keys").symptom
+
+
+def test_a_protocol_other_than_the_steps_is_found_from_where_the_store_has_no_address(place: Place) -> None:
+    service(place.server, place.runs, "minio", 9000)
+    host = f"minio.{place.runs}.svc:9000"
+    for namespace, name in ((place.runs, "haechi-settings"), (place.serving, "haechi-serving-settings")):
+        path = f"/api/v1/namespaces/{namespace}/configmaps/{name}"
+        place.patch(path, {"data": {"HAECHI_S3_ENDPOINT": f"http://{host}"}})
+    place.kserve_secret(host)
+    assert place.examine(env=place.settings.to_env() | {"MLFLOW_TRACKING_URI": ""}).exit_code == 0
+    note = {"metadata": {"annotations": {"serving.kserve.io/s3-usehttps": "1"}}}
+    place.patch(f"/api/v1/namespaces/{place.serving}/secrets/haechi-s3", note)
+    finding = only(place.examine(env=place.settings.to_env()), "kserve-keys")
+    assert f"asks {host} by https" in finding.cause
+    assert "s3-usehttps=0" in finding.fix
+
+
+def test_the_way_to_mlflow_that_the_environment_names_is_taken_with_the_steps_credentials(
+    place: Place, mlflow_uri: str
+) -> None:
+    service(place.server, place.runs, "mlflow", 5000)
+    path = f"/api/v1/namespaces/{place.runs}/configmaps/haechi-settings"
+    place.patch(path, {"data": {"MLFLOW_TRACKING_URI": f"http://mlflow.{place.runs}:5000"}})
+    assert "port-forward service/mlflow" in _result(place.examine(), "step-mlflow").remedy
+    assert place.examine(env={"MLFLOW_TRACKING_URI": mlflow_uri}).exit_code == 0
+    with HttpStandIn({SEARCH: (401, "no"), "/health": (200, "OK")}) as url:
+        [finding] = _findings(place.examine(env={"MLFLOW_TRACKING_URI": url}), "step-mlflow")
+    assert "refuses nobody" in finding.symptom
+
+
+def test_services_of_haechi_up_are_no_way_to_the_clusters_store(
+    place: Place, monkeypatch: pytest.MonkeyPatch, store: Store
+) -> None:
+    others = type("Services", (), {"settings": lambda _: dataclasses.replace(store.settings, s3_secret_key="another")})
+    monkeypatch.setattr("haechi.pipelines.services.running", lambda _: others())
+    path = f"/api/v1/namespaces/{place.runs}/configmaps/haechi-settings"
+    place.patch(path, {"data": {"HAECHI_S3_ENDPOINT": f"http://minio.{place.runs}.svc:9000"}})
+    assert "has no address here" in _result(place.examine(), "step-keys").unseen
+
+
+def test_an_address_of_ipv6_is_no_service_and_credentials_in_a_uri_are_used_and_never_told(place: Place) -> None:
+    def mlflow(headers: Any) -> tuple[int, Any]:
+        right = base64.b64encode(b"haechi:p@ss of the test").decode()
+        return (200, {}) if headers.get("Authorization") == f"Basic {right}" else (401, "no")
+
+    path = f"/api/v1/namespaces/{place.runs}/configmaps/haechi-settings"
+    with HttpStandIn({SEARCH: (200, mlflow)}) as url:
+        there = url.replace("://", "://haechi:p%40ss%20of%20the%20test@")
+        place.patch(path, {"data": {"MLFLOW_TRACKING_URI": there}})
+        assert place.examine().exit_code == 0
+    place.patch(path, {"data": {"MLFLOW_TRACKING_URI": "http://haechi:of-the-test@[::1]:9"}})
+    world = World(place.aim(), env={})
+    diagnosis = examine(world, checks=CLUSTER_CHECKS)
+    assert "nothing listens at ::1:9" in only(diagnosis, "step-mlflow").cause
+    assert "of-the-test" not in "\n".join(as_lines(diagnosis, world.redact))
 
 
 def test_an_mlflow_that_is_away_is_found_for_the_steps(place: Place) -> None:
@@ -788,6 +1033,10 @@ def test_a_cluster_without_kserve_is_found_and_one_without_gateway_api_cannot_sp
     assert not _findings(diagnosis, "kserve")
     [finding] = _findings(diagnosis, "canary-mode")
     assert "no Gateway API" in finding.cause
+
+
+def _result(diagnosis: Diagnosis, check: str) -> Result:
+    return next(result for result in diagnosis.results if result.check == check)
 
 
 def _findings(diagnosis: Diagnosis, check: str) -> list[Any]:
