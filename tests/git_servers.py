@@ -1,6 +1,7 @@
 """Git servers on loopback that ask for credentials: git's own HTTP backend, and an SSH server that starts git's programs.
 
 with git_over_http(folder) as url: ...             # {url}/bare.git, for the user `bot` with the password PASSWORD
+with redirecting_to(url) as other: ...             # answers each request there with a redirect to the same path of `url`
 with git_over_ssh(secret) as url: ...              # {url}/absolute/path/of/bare.git, for the key in `secret`
 """
 
@@ -21,29 +22,50 @@ from typing import Any
 
 import asyncssh
 
-__all__ = ["PASSWORD", "git_over_http", "git_over_ssh"]
+__all__ = ["PASSWORD", "git_over_http", "git_over_ssh", "redirecting_to"]
 
 PASSWORD = "s3cret-pa55"
 _WANTED = "Basic " + base64.b64encode(f"bot:{PASSWORD}".encode()).decode()
 
 
 @contextlib.contextmanager
-def git_over_http(root: Path) -> Iterator[str]:
-    """Serve the repositories below a folder; their URL without the repository's name."""
-    with _HttpServer(root) as server:
+def git_over_http(root: Path, asked: list[str] | None = None) -> Iterator[str]:
+    """Serve the repositories below a folder; their URL without the repository's name.
+
+    Args:
+        root: the folder.
+        asked: gets the header Authorization of each request, or "".
+    """
+    with _serving(_Handler) as server:
+        server.root, server.asked = root, [] if asked is None else asked
+        yield f"http://127.0.0.1:{server.server_port}"
+
+
+@contextlib.contextmanager
+def redirecting_to(url: str) -> Iterator[str]:
+    """A server that sends each request on to another one; its URL."""
+    with _serving(_Redirecting) as server:
+        server.elsewhere = url
+        yield f"http://127.0.0.1:{server.server_port}"
+
+
+@contextlib.contextmanager
+def _serving(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[_HttpServer]:
+    with _HttpServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 class _HttpServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.root = root
+    root: Path
+    asked: list[str]
+    elsewhere: str
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -56,6 +78,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
+        self.server.asked.append(self.headers.get("Authorization", ""))
         if self.headers.get("Authorization") != _WANTED:
             self.send_response(401)
             self.send_header("WWW-Authenticate", 'Basic realm="git"')
@@ -85,6 +108,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep the tests' output clean."""
+
+
+class _Redirecting(http.server.BaseHTTPRequestHandler):
+    server: _HttpServer
+
+    def do_GET(self) -> None:
+        self.send_response(302)
+        self.send_header("Location", self.server.elsewhere + self.path)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
         """Keep the tests' output clean."""

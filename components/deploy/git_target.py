@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import os
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.progress import say
 
 from .inference_service import manifest
+from .readiness import storage_uri as uri_of
 
 __all__ = ["commit", "named_version"]
 
@@ -56,14 +58,14 @@ def commit(
         The commit's id, also where the branch names the model already.
 
     Raises:
-        InputError: no such branch, or the file is no InferenceService.
+        InputError: no such branch, or the file is no InferenceService or lies behind a symlink.
         DeployError: git cannot reach the repository, is refused, or others push all the time.
     """
     with tempfile.TemporaryDirectory(prefix="haechi-git-") as scratch:
         git = _Git(Path(scratch), repository, credentials)
         git.clone(branch)
         for _ in range(_TRIES):
-            if not _write(git.folder / path, model, storage_uri):
+            if not _write(git.file(path), model, storage_uri):
                 say(f"{repository}#{branch}:{path} names {model.version} already")
                 return git.run("rev-parse", "HEAD")
             git.run("add", "--", path)
@@ -87,8 +89,7 @@ def named_version(repository: str, branch: str, path: str, credentials: Path) ->
     with tempfile.TemporaryDirectory(prefix="haechi-git-") as scratch:
         git = _Git(Path(scratch), repository, credentials)
         git.clone(branch)
-        predictor = _read(git.folder / path).get("spec", {}).get("predictor", {})
-        return str(predictor.get("model", {}).get("storageUri", "")).rstrip("/").rsplit("/", 1)[-1]
+        return uri_of(_read(git.file(path))).rstrip("/").rsplit("/", 1)[-1]
 
 
 class _Git:
@@ -100,18 +101,31 @@ class _Git:
         self._config = scratch / "config"
         self._config.touch(mode=0o600)
         self._config.write_text(_config(repository, credentials))
-        os.environ.setdefault("GIT_TERMINAL_PROMPT", "0")  # say that a password is wanted instead of waiting for it
 
     def clone(self, branch: str) -> None:
-        arguments = ["clone", "--quiet", "--depth=1", "--no-tags", "--single-branch", f"--branch={branch}", "--"]
+        self._call(["init", "--quiet", "--", str(self.folder)])
+        self.run("remote", "add", "--", "origin", self._repository)
         try:
-            self._call([*arguments, self._repository, str(self.folder)])
+            self.follow(branch)
         except DeployError as error:
-            if "Remote branch" in error.problem and "not found" in error.problem:
+            if "couldn't find remote ref" in error.problem:
                 raise InputError(
                     f"{self._repository} has no branch {branch!r}", "Make it first, or name another in the target."
                 ) from error
             raise
+
+    def file(self, path: str) -> Path:
+        """Where a file of the repository lies here.
+
+        Raises:
+            InputError: it, or a folder on the way to it, is a symlink: what is written there may lie anywhere.
+        """
+        wanted = self.folder.resolve() / path
+        if wanted.resolve() != wanted:
+            raise InputError(
+                f"{path} in the repository is a symlink, or behind one", "Name the file itself in the target."
+            )
+        return wanted
 
     def run(self, *arguments: str) -> str:
         return self._call(["-C", str(self.folder), *arguments])
@@ -128,24 +142,45 @@ class _Git:
 
     def follow(self, branch: str) -> None:
         """Be where the remote is, without our commit."""
-        self.run("fetch", "--quiet", "--depth=1", "origin", branch)
+        # The bare name might be a tag's.
+        self.run("fetch", "--quiet", "--depth=1", "--no-tags", "origin", f"refs/heads/{branch}")
         self.run("reset", "--quiet", "--hard", "FETCH_HEAD")
 
     def _call(self, arguments: list[str]) -> str:
         options = ["commit.gpgSign=false", "core.hooksPath=/dev/null", f"include.path={self._config}", *_AUTHOR]
         command = ["git", *[word for option in options for word in ("-c", option)], *arguments]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)
+            status, told, complaint = _run(command)
         except FileNotFoundError as error:
             raise DeployError("git is not installed here", "Install git in the image that deploys.") from error
         except subprocess.TimeoutExpired as error:
             raise DeployError(f"git took more than {_SECONDS} s with {self._repository}", "Try again later.") from error
-        if done.returncode:
+        if status:
             raise DeployError(
-                f"git could not {_verb(arguments)} {self._repository}: {done.stderr.strip()[-800:]}",
-                "Check the repository, the branch's protection and the Secret with its credentials.",
+                f"git could not {_verb(arguments)} {self._repository}: {complaint.strip()[-800:]}",
+                "Check the repository's address (redirects are not followed with a password), the branch's protection and "
+                "the Secret with its credentials.",
             )
-        return done.stdout.strip()
+        return told.strip()
+
+
+def _run(command: list[str]) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr; whatever the command started is gone at the end of its time.
+
+    Raises:
+        FileNotFoundError: there is no such program.
+        subprocess.TimeoutExpired: it took too long.
+    """
+    # English, for we read what git says; no prompt: say that a password is wanted instead of waiting for it.
+    env = {**os.environ, "LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"}
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, errors="replace", env=env, start_new_session=True, **pipes) as child:
+        try:
+            told, complaint = child.communicate(timeout=_SECONDS)
+        except BaseException:
+            os.killpg(child.pid, signal.SIGKILL)  # git leaves its transport's process behind
+            raise
+    return child.returncode, told, complaint
 
 
 def _verb(arguments: list[str]) -> str:
@@ -161,8 +196,9 @@ def _config(repository: str, credentials: Path) -> str:
         user = name.read_text(encoding="utf-8").strip() if name.is_file() else "haechi"
         secret = f"{user}:{password.read_text(encoding='utf-8').strip()}"
         header = base64.b64encode(secret.encode()).decode()
-        # For this server only: a redirect to another one does not get it.
-        return f'[http "{url.scheme}://{url.netloc}/"]\n\textraHeader = Authorization: Basic {header}\n'
+        # For this server only. Where one redirects, git would send the header along.
+        server, secret = f"{url.scheme}://{url.netloc}/", f"extraHeader = Authorization: Basic {header}"
+        return f'[http "{server}"]\n\t{secret}\n\tfollowRedirects = false\n'
     if key.is_file():
         known = credentials / "known_hosts"
         hosts = f" -o UserKnownHostsFile={known}" if known.is_file() else ""
@@ -177,16 +213,14 @@ def _read(file: Path) -> dict[str, Any]:
     Raises:
         InputError: it holds something else.
     """
-    if file.is_symlink():
-        raise InputError(f"{file.name} in the repository is a symlink", "Name the file itself in the target.")
     if not file.exists():
         return {}
     try:
         entries = [entry for entry in yaml.safe_load_all(file.read_text(encoding="utf-8")) if entry is not None]
         (found,) = entries
         sound = found["kind"] == "InferenceService" and isinstance(found["metadata"]["name"], str)
-        sound = sound and isinstance(found.get("spec") or {}, dict)
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        uri_of(found)
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise InputError(
@@ -206,7 +240,12 @@ def _write(file: Path, model: ModelFolder, storage_uri: str) -> bool:
     merged = _merge(found, wanted)
     if merged == found:
         return False
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(
+            f"{file.parent.name} in the repository is no folder", "Name another path in the target."
+        ) from error
     text = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, width=120)
     file.write_text(_HEADER + text, encoding="utf-8")
     return True

@@ -88,7 +88,11 @@ def _check_git(repository: str, branch: str, path: str) -> None:
     form = "Write it as git:https://git.example.org/team/models.git#main:entrance/inferenceservice.yaml."
     if not repository or not branch or not path:
         raise InputError("the deploy target git: lacks repository, branch or path", form)
-    if urlsplit(repository).password or (urlsplit(repository).scheme in ("http", "https") and "@" in repository):
+    try:
+        url = urlsplit(repository)
+    except ValueError as error:
+        raise InputError(f"the repository in the deploy target is no URL ({error})", form) from None
+    if url.password or (url.scheme in ("http", "https") and ("@" in repository or url.query)):
         raise InputError(
             "the repository in the deploy target holds credentials, and parameters are logged",
             "Leave them out; put them in the Secret that the parameter git_secret names.",

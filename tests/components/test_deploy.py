@@ -361,6 +361,11 @@ def test_targets_are_read(text: str, parsed: Target) -> None:
         ("git:https://example.org/repo", "lacks repository, branch or path"),
         ("git:https://user:s3cret@example.org/repo#main:a.yaml", "holds credentials, and parameters are logged"),
         ("git:ext::sh -c evil#main:a.yaml", "is not one that we know"),
+        ("git:https://[bad#main:a.yaml", "is no URL"),
+        (
+            "git:https://example.org/repo?private_token=s3cret#main:a.yaml",
+            "holds credentials, and parameters are logged",
+        ),
         ("git:--upload-pack=evil#main:a.yaml", "is not one that we know"),
         ("git:https://example.org/repo#-f:a.yaml", "branch '-f'"),
         ("git:https://example.org/repo#main:../a.yaml", "is not a YAML file of the repository"),
@@ -370,8 +375,9 @@ def test_targets_are_read(text: str, parsed: Target) -> None:
     ],
 )
 def test_a_target_that_cannot_be_read_is_told_before_any_work(world: World, text: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         world.deploy(target=text)  # no artifact is there: the target is looked at first
+    assert "s3cret" not in str(caught.value)
 
 
 def test_a_directory_holds_versions_and_names_the_current_one(world: World) -> None:

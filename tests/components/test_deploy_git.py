@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from git_servers import PASSWORD, git_over_http
+from git_servers import PASSWORD, git_over_http, git_over_ssh, redirecting_to
 from tiny_models import tiny_model_folder
 
 from haechi.components.deploy import git_target
@@ -149,6 +151,24 @@ def a_symlink(bare: Path, tmp_path: Path) -> None:
     git("push", "--quiet", "origin", "HEAD:main", folder=tmp_path / "x")
 
 
+def a_folder_that_is_a_symlink(bare: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    git("clone", "--quiet", str(bare), str(tmp_path / "x"))
+    (tmp_path / "x/entrance").symlink_to(tmp_path / "outside")
+    git("add", ".", folder=tmp_path / "x")
+    git("commit", "--quiet", "-m", "theirs", folder=tmp_path / "x")
+    git("push", "--quiet", "origin", "HEAD:main", folder=tmp_path / "x")
+
+
+def a_file_for_a_folder(bare: Path, tmp_path: Path) -> None:
+    push(bare, tmp_path / "x", {"entrance": "a file"})
+
+
+def a_tag(bare: Path, tmp_path: Path) -> None:
+    git("tag", "main", "main", folder=bare)
+    git("branch", "-m", "main", "trunk", folder=bare)
+
+
 def no_branch(bare: Path, tmp_path: Path) -> None:
     git("branch", "-m", "main", "trunk", folder=bare)
 
@@ -170,9 +190,12 @@ def gone(bare: Path, tmp_path: Path) -> None:
         (two_documents, InputError, "is not one InferenceService"),
         (another_kind, InputError, "is not one InferenceService"),
         (a_symlink, InputError, "is a symlink"),
+        (a_folder_that_is_a_symlink, InputError, f"{PATH} in the repository is a symlink, or behind one"),
+        (a_file_for_a_folder, InputError, "entrance in the repository is no folder"),
         (no_branch, InputError, "has no branch 'main'"),
+        (a_tag, InputError, "has no branch 'main'"),
         (refusing_hook, DeployError, "git could not push .*main is protected"),
-        (gone, DeployError, "git could not clone .*does not exist"),
+        (gone, DeployError, "git could not fetch .*does not appear to be a git repository"),
     ],
 )
 def test_what_cannot_be_committed_is_told(
@@ -187,6 +210,69 @@ def test_what_cannot_be_committed_is_told(
     with pytest.raises(error, match=message) as caught:
         deploy(bare, model)
     assert caught.value.remedy
+    assert not list((tmp_path / "outside").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "spec:", "spec: {predictor: }", "spec: {predictor: []}", "spec: {predictor: {model: }}"]
+)
+def test_a_service_without_a_model_names_none_and_gets_one(
+    bare: Path, model: ModelFolder, tmp_path: Path, spec: str
+) -> None:
+    push(bare, tmp_path / "x", {PATH: f"kind: InferenceService\nmetadata: {{name: a}}\n{spec}\n"})
+    assert named_version(str(bare), "main", PATH, NOWHERE) == ""
+    deploy(bare, model)
+    assert named_version(str(bare), "main", PATH, NOWHERE) == model.version
+
+
+@pytest.mark.parametrize(
+    "spec", ["spec: [1]", "spec: {predictor: [1]}", "spec: {predictor: {model: x}}", f"spec: {'[' * 5000}"]
+)
+def test_a_service_of_another_form_is_told_to_who_looks_and_to_who_writes(
+    bare: Path, model: ModelFolder, tmp_path: Path, spec: str
+) -> None:
+    push(bare, tmp_path / "x", {PATH: f"kind: InferenceService\nmetadata: {{name: a}}\n{spec}\n"})
+    with pytest.raises(InputError, match="is not one InferenceService"):
+        named_version(str(bare), "main", PATH, NOWHERE)
+    with pytest.raises(InputError, match="is not one InferenceService"):
+        deploy(bare, model)
+
+
+def test_the_users_own_settings_of_git_start_no_program_and_change_no_words(
+    bare: Path, model: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks, ran = tmp_path / "hooks", tmp_path / "ran"
+    hooks.mkdir()
+    for name in ("pre-commit", "post-commit", "pre-push", "reference-transaction"):
+        (hooks / name).write_text(f'#!/bin/sh\n[ "$GIT_DIR" = . ] || echo {name} >> {ran}\n')
+        (hooks / name).chmod(0o755)
+    (tmp_path / "config").write_text(f"[core]\n\thooksPath = {hooks}\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "config"))
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    monkeypatch.setenv("LANGUAGE", "de")
+    deploy(bare, model)
+    assert not ran.exists()
+    with pytest.raises(InputError, match="has no branch 'other'"):
+        named_version(str(bare), "other", PATH, NOWHERE)
+
+
+def test_a_server_that_never_answers_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(git_target, "_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/models.git"
+        with pytest.raises(DeployError, match="git took more than 1 s"):
+            named_version(url, "main", PATH, NOWHERE)
+        deadline = time.monotonic() + 5
+        while left := [path for path in Path("/proc").glob("[0-9]*/cmdline") if url.encode() in told(path)]:
+            assert time.monotonic() < deadline, [told(path) for path in left]
+            time.sleep(0.05)
+
+
+def told(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""  # it has ended meanwhile
 
 
 # --- credentials ------------------------------------------------------------------------------------------------------
@@ -212,13 +298,14 @@ def test_a_password_comes_from_a_file_and_shows_nowhere(
     (secret / "username").write_text("bot\n")
     (secret / "password").write_text(f"{PASSWORD}\n")
     commands: list[str] = []
-    run = subprocess.run
+    popen = subprocess.Popen
 
-    def noted(command: Any, *args: Any, **options: Any) -> Any:
-        commands.append(str(command) + str(options.get("env")))
-        return run(command, *args, **options)
+    class Noted(popen):  # type: ignore[valid-type, misc]
+        def __init__(self, command: Any, *args: Any, **options: Any) -> None:
+            commands.append(str(command) + str(options.get("env")))
+            super().__init__(command, *args, **options)
 
-    monkeypatch.setattr(git_target.subprocess, "run", noted)
+    monkeypatch.setattr(git_target.subprocess, "Popen", Noted)
     deploy(served, model, secret)
     monkeypatch.undo()
     assert shown(bare)["spec"]["predictor"]["model"]["storageUri"] == place(model)
@@ -229,6 +316,62 @@ def test_a_password_comes_from_a_file_and_shows_nowhere(
         assert PASSWORD not in text
         assert encoded not in text
     (secret / "password").write_text("wrong")
-    with pytest.raises(DeployError, match="git could not clone") as caught:
+    with pytest.raises(DeployError, match="git could not fetch") as caught:
         deploy(served, model, secret)
     assert "wrong" not in str(caught.value).replace("something went wrong", "")
+
+
+@pytest.fixture
+def password(tmp_path: Path) -> Path:
+    """The Secret of a person with a password."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "username").write_text("bot")
+    (secret / "password").write_text(PASSWORD)
+    return secret
+
+
+def test_a_password_does_not_follow_a_redirect(bare: Path, model: ModelFolder, password: Path) -> None:
+    asked: list[str] = []
+    with (
+        git_over_http(bare.parent, asked) as other,
+        redirecting_to(other) as url,
+        pytest.raises(DeployError, match=r"git could not fetch .* 302") as caught,
+    ):
+        deploy(f"{url}/{bare.name}", model, password)
+    assert "redirects are not followed" in caught.value.remedy
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("url", "known"),
+    [
+        ("https://git.example.org/team/a.git", True),
+        ("https://git.example.org/other/b.git", True),
+        ("http://git.example.org/team/a.git", False),
+        ("https://git.example.org:8443/team/a.git", False),
+        ("https://example.org/team/a.git", False),
+    ],
+)
+def test_a_password_is_for_one_server(password: Path, tmp_path: Path, url: str, known: bool) -> None:
+    (tmp_path / "config").write_text(git_target._config("https://git.example.org/team/a.git", password))
+    command = ["git", "config", "--file", str(tmp_path / "config"), "--get-urlmatch", "http", url]
+    found = subprocess.run(command, capture_output=True, text=True).stdout
+    assert ("Authorization" in found) == known
+
+
+@pytest.mark.parametrize("hosts", [None, "other.example.org ssh-ed25519 AAAA\n"], ids=["none is known", "another is"])
+def test_an_ssh_server_that_nobody_vouched_for_is_refused(
+    bare: Path, model: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hosts: str | None
+) -> None:
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    with git_over_ssh(secret) as url:
+        (secret / "ssh-privatekey").chmod(0o600)
+        deploy(f"{url}{bare}", model, secret)
+        assert shown(bare)["spec"]["predictor"]["model"]["storageUri"] == place(model)
+        (secret / "known_hosts").unlink()
+        if hosts:
+            (secret / "known_hosts").write_text(hosts)
+        with pytest.raises(DeployError, match="Host key verification failed"):
+            named_version(f"{url}{bare}", "main", PATH, secret)

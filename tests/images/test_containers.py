@@ -517,7 +517,7 @@ def test_the_steps_image_pushes_a_commit_with_the_credentials_that_a_pod_has(
             (secret / name).unlink(missing_ok=True)
         refused = run_in(images["steps"], "python3", "-c", _COMMIT, url, options=volumes)
     assert refused.returncode != 0
-    assert "DeployError: git could not clone" in refused.stderr
+    assert "DeployError: git could not fetch" in refused.stderr
 
 
 def test_the_reconciler_as_its_deployment_starts_it_brings_the_champion_to_the_repository(
