@@ -27,7 +27,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from haechi.components.shared.files import sha256_file
+from haechi.components.shared.files import sha256_file, write_json
 from haechi.components.shared.images import decode
 from haechi.components.shared.model_folder import GOLDEN_CONF, GoldenImage, ModelFolder, write_golden
 
@@ -172,7 +172,7 @@ def tiny_model_folder(
         name, imgsz, dataset_digest: as in ModelFolder.
         cell, radius, shift: of `tiny_network`; other values give another version.
         threshold: reporting confidence of every class.
-        golden: write two golden images, one with every class and one with none.
+        golden: write two golden images, one with every class and one with none; without them nothing proves the folder.
         checkpoint: bytes to stand as `checkpoint.pt` (not loadable by torch); none for no such file.
     """
     path.mkdir(parents=True, exist_ok=True)
@@ -198,6 +198,7 @@ def tiny_model_folder(
     )
     if golden:
         _write_golden(path, model)
+    write_json(path / "parity.json", {"ok": True if golden else None, "images": model.golden})
     model.write(path)
     return model
 

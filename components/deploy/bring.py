@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from haechi.components.shared.errors import InputError
+from haechi.components.shared.errors import InputError, IntegrityError
 from haechi.components.shared.model_folder import ModelFolder, fetch_model, model_cache
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
@@ -16,8 +17,11 @@ from .publish import model_prefix
 from .rollout import Rollout
 from .switch import held
 from .target import Target
+from .verdict import check_proven
 
 __all__ = ["Bringer", "find_version"]
+
+_VERSION = re.compile(r"[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,26 @@ class Bringer:
             Whether it was still wanted.
 
         Raises:
-            ModelError, IntegrityError, StorageError: the model folder is not there, or damaged.
+            InputError: it is no version of ours.
+            ModelError, IntegrityError, StorageError: the model folder is not there, damaged, or another model's.
+            DeployRefused: nothing proves its export.
             DeployError, DeployRefused: the target did not take it; the former model serves.
         """
+        if not _VERSION.fullmatch(registered.version):
+            raise InputError(
+                f"MLflow's version {registered.number} of {name!r} has a tag haechi.version that is no version of ours",
+                "Let another version be champion.",
+            )
         store = Store(self.settings)
         with model_cache(self.settings) as cache:
             folder = fetch_model(store, store.uri(model_prefix(name, registered.version)), cache)
             model = ModelFolder.load(folder)
+            if (model.name, model.version) != (name, registered.version):
+                raise IntegrityError(
+                    f"the folder of {name} {registered.version} in the store holds {model.name} {model.version}",
+                    "Delete that folder, and deploy or export that model again.",
+                )
+            check_proven(folder)
             told = {"Verdict": registered.tags.get("haechi.verdict", ""), **(evidence or {})}
             with held(self.target, store, self.owner, self.rollout, self.patience, told, take_over) as switch:
                 if not still():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,10 @@ class Reconciler:
                 sentence = self._follow(pair)
             except HaechiError as error:
                 sentence = f"{_NOT_NOW}: {error}"
+            except Exception as error:  # a fault of ours, or data that nobody foresaw: the others have their turn
+                sentence = f"{_NOT_NOW}: {type(error).__name__}: {str(error)[:_REASON_LENGTH]}"
+                if self._said.get(pair.name) != sentence:
+                    say(f"{pair.name}: please report this: {traceback.format_exc()}")
             if self._said.get(pair.name) != sentence:
                 say(f"{pair.name}: {sentence}")
             told[pair.name] = self._said[pair.name] = sentence

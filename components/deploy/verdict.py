@@ -10,7 +10,7 @@ from haechi.components.shared.errors import DeployRefused, InputError
 from haechi.components.shared.files import read_json
 from haechi.components.shared.model_folder import ModelFolder
 
-__all__ = ["DECISIONS", "Verdict", "check_about", "check_allows"]
+__all__ = ["DECISIONS", "Verdict", "check_about", "check_allows", "check_proven"]
 
 DECISIONS = ("promote", "refuse", "not_enough_data")
 
@@ -98,9 +98,18 @@ def check_allows(verdict: Verdict, champion: str, folder: Path) -> None:
             f"the verdict compares with {verdict.champion or 'no champion'}, not with {champion or 'none'}",
             "Evaluate against the champion that resolve pinned.",
         )
+    check_proven(folder)
+
+
+def check_proven(folder: Path) -> None:
+    """Raise unless the folder's parity check is good.
+
+    Raises:
+        DeployRefused: it is not, or there is none.
+    """
     try:
         proven = read_json(folder / "parity.json")["ok"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DeployRefused(
             f"{folder}/parity.json cannot be read ({type(error).__name__}), so nothing proves the export",
             "Export the checkpoint again.",

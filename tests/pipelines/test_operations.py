@@ -16,7 +16,14 @@ from tiny_models import tiny_model_folder
 
 from haechi.components.deploy.publish import model_prefix, publish
 from haechi.components.deploy.target import Target
-from haechi.components.shared.errors import DeployError, HaechiError, InputError, IntegrityError, ModelError
+from haechi.components.shared.errors import (
+    DeployError,
+    DeployRefused,
+    HaechiError,
+    InputError,
+    IntegrityError,
+    ModelError,
+)
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
@@ -148,6 +155,21 @@ def another_graph_in_the_store(world: World) -> type[HaechiError]:
     return IntegrityError
 
 
+def another_model_in_the_store(world: World) -> type[HaechiError]:
+    """The third one's whole folder at the place of the second."""
+    store = Store(world.settings)
+    theirs, prefix = (model_prefix(world.name, world.versions[which]) for which in ("third", "second"))
+    for entry in list(store.list(theirs)):
+        store.put(prefix + entry.key.removeprefix(theirs), store.get(entry.key), "application/octet-stream")
+    return IntegrityError
+
+
+def no_proof_of_the_export(world: World) -> type[HaechiError]:
+    key = f"{model_prefix(world.name, world.versions['second'])}parity.json"
+    Store(world.settings).put(key, b'{"ok": false}', "application/json")
+    return DeployRefused
+
+
 def a_folder_that_is_none(world: World) -> type[HaechiError]:
     link = Path(world.target.path) / "current"
     (Path(world.target.path) / "versions" / world.versions["second"]).mkdir()
@@ -155,7 +177,16 @@ def a_folder_that_is_none(world: World) -> type[HaechiError]:
     return IntegrityError
 
 
-@pytest.mark.parametrize("spoil", [no_folder_in_the_store, another_graph_in_the_store, a_folder_that_is_none])
+SPOILS = [
+    no_folder_in_the_store,
+    another_graph_in_the_store,
+    another_model_in_the_store,
+    no_proof_of_the_export,
+    a_folder_that_is_none,
+]
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
 def test_what_cannot_be_promoted_leaves_target_and_alias(
     world: World, spoil: Callable[[World], type[HaechiError]]
 ) -> None:
@@ -165,8 +196,43 @@ def test_what_cannot_be_promoted_leaves_target_and_alias(
     assert caught.value.remedy
     assert world.at() == ("first", "first")
     assert (Path(world.target.path) / "current" / "model.onnx").is_file()
+    world.champion_is("second")
+    assert "cannot be followed now: " in world.round()
+    assert world.at() == ("first", "second")
     world.promote("third")
     assert world.at() == ("third", "third")
+
+
+@pytest.mark.parametrize(
+    "version", ["x" * 400, "../../etc", "a\nb", "0" * 11], ids=["long", "a path", "lines", "short"]
+)
+def test_a_champion_whose_version_is_none_keeps_no_other_model_from_its_turn(world: World, version: str) -> None:
+    name, tracker = f"odd-{world.name}", Tracker(world.settings)
+    client = tracker._client
+    client.create_registered_model(name)
+    tags = {"haechi.version": version}
+    number = client.create_model_version(name, "s3://haechi/elsewhere", await_creation_for=0, tags=tags).version
+    client.set_registered_model_alias(name, "champion", number)
+    world.champion_is("second")
+    found = operations.reconcile(world.settings, [(name, world.target), (world.name, world.target)], 0)
+    assert "has a tag haechi.version that is no version of ours" in found[name]
+    assert found[world.name] == f"champion {world.versions['second']} serves"
+
+
+def test_a_fault_that_nobody_foresaw_keeps_no_other_model_from_its_turn(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alias = Tracker.alias
+
+    def broken(tracker: Tracker, name: str, wanted: str) -> Any:
+        return alias(tracker, name, wanted) if name == world.name else {}["nothing"]
+
+    monkeypatch.setattr(Tracker, "alias", broken)
+    world.champion_is("second")
+    found = operations.reconcile(world.settings, [("odd", world.target), (world.name, world.target)], 0)
+    assert found["odd"] == "cannot be followed now: KeyError: 'nothing'"
+    assert found[world.name] == f"champion {world.versions['second']} serves"
+    assert "in broken" in capsys.readouterr().err, "where it happened is for us to see"
 
 
 def test_a_former_model_whose_storage_is_gone_is_told_and_the_champion_stays(world: World) -> None:
@@ -196,7 +262,7 @@ def test_a_repository_that_is_away_for_a_while_is_no_fault_of_the_model(world: W
     world.champion_is("second")
     hidden = bare.rename(bare.with_name("hidden"))
     for _ in range(2):
-        assert world.round().startswith("cannot be followed now: git could not clone")
+        assert world.round().startswith("cannot be followed now: git could not fetch")
     hidden.rename(bare)
     assert world.round().endswith(" serves")
     assert world.at() == ("second", "second")
