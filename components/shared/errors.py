@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 __all__ = [
     "AccessError",
@@ -22,11 +23,25 @@ __all__ = [
     "StorageError",
     "TrackingError",
     "TrainError",
+    "printable",
     "without_userinfo",
 ]
 
-# A user of ssh is a name alone; elsewhere what stands before the @ may be a secret, with or without a colon.
-_USERINFO = re.compile(r"(?<!ssh)(://)[^\s/?#'\"]*@")
+# A user of ssh is a name alone; elsewhere what stands before the @ may be a secret, with or without a colon. A password
+# that nobody escaped may hold a slash or worse; what follows a host's colon is a port.
+_USERINFO = re.compile(r"""(?<!ssh)(://)(?:[^\s/?#"@:]*:(?!\d+(?:[/?#\s"']|$))[^\s"]*|[^\s/?#"]*)@""")
+
+_STEERS = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def printable(text: str) -> str:
+    r"""The text without what steers a terminal: control and formatting characters, but for line feed and tab, as \x1b."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in _STEERS and char not in "\n\t" else char
+        for char in text
+    )
 
 
 def without_userinfo(text: str) -> str:
@@ -38,7 +53,8 @@ class HaechiError(Exception):
     """Base of all errors that a user can cause or mend.
 
     Args:
-        problem: what is wrong, naming the file, field, key or parameter; URLs lose their credentials here.
+        problem: what is wrong, naming the file, field, key or parameter; URLs lose their credentials here,
+            and what others wrote its control characters.
         remedy: what the user can do about it; printed after the problem.
     """
 
@@ -46,8 +62,8 @@ class HaechiError(Exception):
     http_status: int = 500
 
     def __init__(self, problem: str, remedy: str = "") -> None:
-        self.problem = without_userinfo(problem).rstrip(". ")
-        self.remedy = without_userinfo(remedy)
+        self.problem = printable(without_userinfo(problem)).rstrip(". ")
+        self.remedy = printable(without_userinfo(remedy))
         super().__init__(f"{self.problem}. {self.remedy}".rstrip() if remedy else self.problem)
 
 

@@ -265,7 +265,10 @@ class Tracker:
         return str(found.experiment_id)
 
     def _call(self, what: str, work: Callable[..., Any], *args: Any, ignore: str = "", **options: Any) -> Any:
-        """Call MLflow; None where it answers with the error code `ignore`; its other errors become ours."""
+        """Call MLflow; None where it answers with the error code `ignore`; its other errors become ours.
+
+        They have no cause: a traceback would show it, and its text names the URI with the credentials in it.
+        """
         from mlflow.exceptions import MlflowException
 
         self._probe()
@@ -274,9 +277,9 @@ class Tracker:
         except MlflowException as error:
             if error.error_code == ignore:
                 return None
-            raise _explain(self.uri, what, error) from error
+            raise _explain(self.uri, what, error) from None
         except OSError as error:  # requests' errors, from the calls that carry artifacts
-            raise _unreachable(self.uri, error) from error
+            raise _unreachable(self.uri, error) from None
 
     def _probe(self) -> None:
         """Before the first call, give a server that drops our packets 5 seconds instead of MLflow's minutes."""

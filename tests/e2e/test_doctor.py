@@ -390,7 +390,7 @@ def test_a_detector_that_waits_is_mended_in_its_runtime(place: Place, nodes: Cal
     [
         ({"container": {"volumeMounts": []}, "volumes": []}, "64 MiB"),
         ({"volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "64Mi"}}]}, "64Mi"),
-        ({"volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "0.05Gi"}}]}, "0.05Gi"),
+        ({"volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "0.05Gi"}}]}, "53687091200m"),
     ],
 )
 def test_training_with_little_shared_memory_is_found(place: Place, change: dict[str, Any], symptom: str) -> None:
