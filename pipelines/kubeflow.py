@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,16 @@ import kfp_server_api
 import urllib3
 
 from .kubeflow_errors import SubmitError, explain
+from .kubeflow_http import Client, WrongAnswer, whole_object, within
 from .kubeflow_settings import KubeflowSettings
 
 __all__ = ["Kubeflow", "Server", "Version"]
 
-_TIMEOUT = (10.0, 60.0)  # seconds to connect, to read
+_TIMEOUT = (10.0, 60.0)  # seconds to connect, and to read the next bytes
+_DEADLINE = 120.0  # seconds for a whole call, and for all pages of a list
 _OLDEST = (2, 17)
-_PAGE = 100
+_PAGE, _PAGES = 100, 100
+_ID = re.compile(r"[\w.:-]{1,256}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Kubeflow:
 
     def __init__(self, settings: KubeflowSettings) -> None:
         self.settings = settings
-        client = kfp_server_api.ApiClient(_configuration(settings), cookie=settings.cookie or None)
+        client = Client(_configuration(settings), settings.cookie)
         self._health = kfp_server_api.HealthzServiceApi(client)
         self._experiments = kfp_server_api.ExperimentServiceApi(client)
         self._pipelines = kfp_server_api.PipelineServiceApi(client)
@@ -79,37 +83,34 @@ class Kubeflow:
 
     def experiment(self, name: str) -> str:
         """The id of the experiment `name`, which is made where there is none."""
+        looking = f"look for the experiment {name!r}"
         equal = {"operation": "EQUALS", "key": "display_name", "string_value": name}
         found = self._call(
-            f"look for the experiment {name!r}",
+            looking,
             self._experiments.experiment_service_list_experiments,
             filter=json.dumps({"predicates": [equal]}),
             namespace=self._namespace,
         ).experiments
-        if not found:
-            wanted = kfp_server_api.V2beta1Experiment(display_name=name, namespace=self._namespace or None)
-            create = self._experiments.experiment_service_create_experiment
-            found = [self._call(f"create the experiment {name!r}", create, wanted)]
-        return str(found[0].experiment_id)
+        if found:
+            return self._id(looking, found[0], "experiment_id")
+        wanted = kfp_server_api.V2beta1Experiment(display_name=name, namespace=self._namespace or None)
+        create = self._experiments.experiment_service_create_experiment
+        return self._make(f"create the experiment {name!r}", "experiment_id", create, wanted)
 
     def pipeline(self, name: str, description: str) -> str:
         """The id of the pipeline `name`, which is made, empty, where there is none."""
-        api = self._pipelines
+        api, namespace = self._pipelines, self._namespace
+        look = api.pipeline_service_get_pipeline_by_name
         try:
-            found = self._call(
-                f"look for the pipeline {name!r}",
-                api.pipeline_service_get_pipeline_by_name,
-                name,
-                namespace=self._namespace,
-            )
+            return self._make(f"look for the pipeline {name!r}", "pipeline_id", look, name, namespace=namespace)
         except SubmitError as error:
             if error.status != 404:
                 raise
-            wanted = kfp_server_api.V2beta1Pipeline(
-                name=name, display_name=name, description=description, namespace=self._namespace or None
-            )
-            found = self._call(f"create the pipeline {name!r}", api.pipeline_service_create_pipeline, wanted)
-        return str(found.pipeline_id)
+        wanted = kfp_server_api.V2beta1Pipeline(
+            name=name, display_name=name, description=description, namespace=namespace or None
+        )
+        create = api.pipeline_service_create_pipeline
+        return self._make(f"create the pipeline {name!r}", "pipeline_id", create, wanted)
 
     def versions(self, pipeline_id: str) -> list[Version]:
         """The versions of a pipeline, the newest first."""
@@ -117,16 +118,18 @@ class Kubeflow:
             "list the pipeline's versions",
             self._pipelines.pipeline_service_list_pipeline_versions,
             "pipeline_versions",
+            "pipeline_version_id",
             pipeline_id=pipeline_id,
             sort_by="created_at desc",
         )
-        return [Version(row.name or row.display_name, pipeline_id, row.pipeline_version_id) for row in rows]
+        return [Version(row.name or row.display_name or "", pipeline_id, row.pipeline_version_id) for row in rows]
 
     def upload(self, package: Path, pipeline_id: str, name: str, description: str) -> Version:
         """Upload a compiled pipeline as a new version."""
         try:
-            made = self._call(
+            made = self._make(
                 f"take the version {name!r}",
+                "pipeline_version_id",
                 self._uploads.upload_pipeline_version,
                 str(package),
                 name=name,
@@ -142,11 +145,11 @@ class Kubeflow:
                 f"pipelines in {self.settings.namespace!r}, then read the log of deployment ml-pipeline.",
                 error.status,
             ) from error
-        return Version(name, pipeline_id, str(made.pipeline_version_id))
+        return Version(name, pipeline_id, made)
 
     def start(self, run: kfp_server_api.V2beta1Run) -> str:
         """Start a run; its id."""
-        return str(self._call("start the run", self._runs.run_service_create_run, run).run_id)
+        return self._make("start the run", "run_id", self._runs.run_service_create_run, run)
 
     def run(self, run_id: str) -> kfp_server_api.V2beta1Run:
         """A run with its state and tasks."""
@@ -154,16 +157,20 @@ class Kubeflow:
 
     def recurring_runs(self, name: str) -> list[kfp_server_api.V2beta1RecurringRun]:
         """The recurring runs of that name in the namespace, whichever experiment they are in."""
-        listing = self._recurring.recurring_run_service_list_recurring_runs
         rows = self._pages(
-            "list the recurring runs", listing, "recurring_runs", namespace=self._namespace, sort_by="created_at desc"
+            "list the recurring runs",
+            self._recurring.recurring_run_service_list_recurring_runs,
+            "recurring_runs",
+            "recurring_run_id",
+            namespace=self._namespace,
+            sort_by="created_at desc",
         )
         return [row for row in rows if row.display_name == name]
 
     def create_recurring(self, wanted: kfp_server_api.V2beta1RecurringRun) -> str:
         """Make a recurring run; its id."""
         create = self._recurring.recurring_run_service_create_recurring_run
-        return str(self._call("make the recurring run", create, wanted).recurring_run_id)
+        return self._make("make the recurring run", "recurring_run_id", create, wanted)
 
     def enable_recurring(self, recurring_run_id: str, enabled: bool) -> None:
         """Let a recurring run start runs, or not."""
@@ -185,26 +192,17 @@ class Kubeflow:
                 raise
 
     def _ask_server(self) -> Server:
-        asked = "say its version"
-        answer = self._call(asked, self._health.healthz_service_get_healthz, _preload_content=False)
-        moved = answer.retries.history[-1].redirect_location if answer.retries.history else ""
-        try:
-            told = json.loads(answer.data)
-            server = Server(
-                told.get("tag_name") or "unknown", bool(told.get("multi_user")), told.get("pipeline_store", "")
-            )
-        except (ValueError, AttributeError):
-            raise SubmitError(
-                f"{self.settings.host} answers with a web page instead of the pipelines API",
-                "Most likely it is the login page: give --token-file (audience pipelines.kubeflow.org), or a session that "
-                "has not ended in KF_PIPELINES_COOKIE; or the path is missing, as in https://<kubeflow>/pipeline.",
-            ) from None
-        if moved:
-            # The token is not sent on to another scheme, host or port, and its absence would be told as a refusal.
-            raise SubmitError(
-                f"{self.settings.host} leads to {moved.partition('/apis/')[0]}",
-                "Give that address as --host, if it is yours: a token goes to the address that is given and to no other.",
-            )
+        def ask(**options: Any) -> dict[str, Any]:
+            # The generated model lacks the tag.
+            answer = self._health.healthz_service_get_healthz(_preload_content=False, **options)
+            return whole_object(answer.data)
+
+        told = self._call("say its version", ask)
+        server = Server(
+            version=str(told.get("tag_name") or "unknown"),
+            multi_user=bool(told.get("multi_user")),
+            store=str(told.get("pipeline_store") or ""),
+        )
         number = re.match(r"v?(\d+)\.(\d+)", server.version)
         if number and (int(number[1]), int(number[2])) < _OLDEST:
             raise SubmitError(
@@ -213,27 +211,44 @@ class Kubeflow:
             )
         return server
 
-    def _pages(self, doing: str, call: Callable[..., Any], field: str, **arguments: Any) -> Iterator[Any]:
-        token = ""
-        while True:
+    def _pages(self, doing: str, call: Callable[..., Any], field: str, key: str, **arguments: Any) -> Iterator[Any]:
+        """The rows of all pages; each has its id in `key`."""
+        token, until = "", time.monotonic() + _DEADLINE
+        for _ in range(_PAGES):
             answer = self._call(doing, call, page_size=_PAGE, page_token=token, **arguments)
-            yield from getattr(answer, field) or []
+            for row in getattr(answer, field) or []:
+                self._id(doing, row, key)
+                yield row
             token = answer.next_page_token or ""
             if not token:
                 return
+            if time.monotonic() > until:
+                break
+        wrong = WrongAnswer("it gives page after page, without end", "Delete what is not needed in the dashboard.")
+        raise explain(wrong, doing, self.settings)
+
+    def _make(self, doing: str, key: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+        """A call whose answer is one thing; its id."""
+        return self._id(doing, self._call(doing, call, *arguments, **options), key)
+
+    def _id(self, doing: str, answer: Any, key: str) -> str:
+        told = str(getattr(answer, key) or "")
+        if not _ID.fullmatch(told):
+            raise explain(WrongAnswer(f"it tells no {key}", status=200), doing, self.settings)
+        return told
 
     def _call(self, doing: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         try:
-            return call(*arguments, _request_timeout=_TIMEOUT, **options)
-        except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
+            return within(_DEADLINE, lambda: call(*arguments, _request_timeout=_TIMEOUT, **options))
+        except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError, WrongAnswer) as error:
             raise explain(error, doing, self.settings) from error
 
 
 def _configuration(settings: KubeflowSettings) -> kfp_server_api.Configuration:
     configuration = kfp_server_api.Configuration(host=settings.host)
     configuration.ssl_ca_cert = settings.ca_file or None
-    # A login page is found by following; what cannot be reached is told at once, without urllib3's warnings.
-    configuration.retries = urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5)
+    # What cannot be reached is told at once, without urllib3's warnings.
+    configuration.retries = urllib3.Retry(total=None, connect=0, read=0, status=0, other=0)
     if settings.bearer():
 
         def renew(target: kfp_server_api.Configuration) -> None:

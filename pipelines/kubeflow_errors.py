@@ -12,6 +12,7 @@ import urllib3
 
 from haechi.components.shared.errors import HaechiError
 
+from .kubeflow_http import WrongAnswer
 from .kubeflow_settings import AUDIENCE, KubeflowSettings
 
 __all__ = ["RunFailed", "SubmitError", "explain", "token_fault"]
@@ -45,10 +46,12 @@ def explain(error: Exception, doing: str, settings: KubeflowSettings) -> SubmitE
     """The error to raise where the generated client raised `error`.
 
     Args:
-        error: what the client or urllib3 raised.
+        error: what the client or urllib3 raised, or a WrongAnswer.
         doing: what was being done, such as "create the experiment training".
         settings: of the call; names host and namespace, and the token is looked at for its audience.
     """
+    if isinstance(error, WrongAnswer):
+        return SubmitError(f"{settings.host} did not {doing}: {error}", error.remedy, error.status)
     if isinstance(error, urllib3.exceptions.HTTPError):
         return _unreachable(error, doing, settings)
     status = int(getattr(error, "status", 0) or 0)
@@ -118,7 +121,7 @@ def _unreachable(error: urllib3.exceptions.HTTPError, doing: str, settings: Kube
     if isinstance(cause, urllib3.exceptions.TimeoutError) and not isinstance(
         cause, urllib3.exceptions.ConnectTimeoutError
     ):
-        remedy = "Submit again; what was begun is found and not made twice."
+        remedy = "Submit again, but look for a run in the dashboard first: all else that was begun is found and not made twice."
     else:
         remedy = "Check --host; from outside: `kubectl port-forward -n kubeflow svc/ml-pipeline-ui 8080:80`."
     return SubmitError(f"{settings.host} cannot be reached to {doing} ({_short(str(cause))})", remedy)
@@ -131,7 +134,7 @@ def _words(error: Exception) -> str:
     try:
         body = json.loads(error.body or "")
         message = body.get("message") or body.get("error") or body.get("error_message") or ""
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         message = "" if "<html" in (error.body or "").lower() else error.body or ""
     return _short(f"{error.status} {error.reason or ''}".strip() + (f": {message}" if message else ""))
 

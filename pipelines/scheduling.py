@@ -122,7 +122,7 @@ def _shape(row: kfp_server_api.V2beta1RecurringRun) -> dict[str, Any]:
         "version": (reference and reference.pipeline_version_id) or "",
         "parameters": (row.runtime_config and row.runtime_config.parameters) or {},
         "cron": cron or "",
-        "seconds": int(periodic.interval_second or 0) if periodic else 0,
-        "max_concurrency": int(row.max_concurrency or 1),
+        "seconds": str(periodic.interval_second or 0) if periodic else "0",
+        "max_concurrency": str(row.max_concurrency or 1),
         "no_catchup": bool(row.no_catchup),
     }

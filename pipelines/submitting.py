@@ -180,7 +180,7 @@ def schedule_training(
     _check(parameters, package)
     _check_names(name, experiment, service_account)
     version, uploaded = _version(api, package)
-    newest = version if uploaded else api.versions(version.pipeline_id)[0]
+    newest = version if uploaded else next(iter(api.versions(version.pipeline_id)), version)
     if not pin and newest.name != version.name:
         raise SubmitError(
             f"the newest version of {package.name} on the server is {newest.name}, and a recurring run would take it instead "

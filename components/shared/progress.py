@@ -6,12 +6,14 @@ import sys
 import time
 from datetime import UTC, datetime
 
+from .errors import printable
+
 __all__ = ["Progress", "say"]
 
 
 def say(message: str) -> None:
-    """Write one line with the time of day (UTC)."""
-    sys.stderr.write(f"{datetime.now(UTC):%H:%M:%S} {message}\n")
+    """Write one line with the time of day (UTC), without control characters of others."""
+    sys.stderr.write(f"{datetime.now(UTC):%H:%M:%S} {printable(message)}\n")
     sys.stderr.flush()
 
 

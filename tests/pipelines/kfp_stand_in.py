@@ -12,6 +12,7 @@ which status, was read in the source of 2.17.0; that server itself is used by te
 from __future__ import annotations
 
 import base64
+import contextlib
 import email
 import functools
 import itertools
@@ -19,7 +20,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -52,13 +53,18 @@ class Refused(Exception):
 
 @dataclass
 class Fault:
-    """Answers that go wrong: `times` requests whose method and path match `what`."""
+    """Answers that go wrong: `times` requests whose method and path match `what`.
+
+    A body that is a function gives the parts that are sent one by one, without a length; `location` is where a
+    redirection leads, and the request's path is appended to it.
+    """
 
     what: str
     status: int
-    body: str
+    body: str | Callable[[], Iterator[bytes]] = ""
     times: int = 1
     content_type: str = "application/json"
+    location: str = ""
 
 
 @dataclass
@@ -341,7 +347,8 @@ class _Handler(BaseHTTPRequestHandler):
         for fault in self.stand_in.faults:
             if fault.times and re.search(fault.what, f"{self.command} {url.path}"):
                 fault.times -= 1
-                return self._send(fault.status, fault.body, fault.content_type)
+                location = fault.location and fault.location + self.path
+                return self._send(fault.status, fault.body, fault.content_type, location)
         query = {key: values[0] for key, values in parse_qs(url.query).items()}
         try:
             value, status = self.stand_in.answer(self.command, url.path, query, self.headers, body), 200
@@ -352,12 +359,20 @@ class _Handler(BaseHTTPRequestHandler):
                 value = {"error_message": str(error), "error_details": str(error)}
         return self._send(status, json.dumps(value), "application/json")
 
-    def _send(self, status: int, text: str, content_type: str) -> None:
+    def _send(
+        self, status: int, body: str | Callable[[], Iterator[bytes]], content_type: str, location: str = ""
+    ) -> None:
+        parts = [body.encode()] if isinstance(body, str) else body()
         self.send_response(status)
         self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(text.encode())))
+        if isinstance(body, str):
+            self.send_header("Content-Length", str(len(body.encode())))
+        if location:
+            self.send_header("Location", location)
         self.end_headers()
-        self.wfile.write(text.encode())
+        with contextlib.suppress(ConnectionError):  # whoever asked has heard enough
+            for part in parts:
+                self.wfile.write(part)
 
     do_GET = do_POST = do_DELETE = _serve
 

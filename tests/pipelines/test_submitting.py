@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import socket
 import ssl
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -19,7 +21,7 @@ from certificates import write_certificate
 from kfp_stand_in import Fault, KfpStandIn, Refused, check, make_token
 
 from haechi.components.shared.errors import InputError
-from haechi.pipelines import submitting
+from haechi.pipelines import kubeflow, submitting
 from haechi.pipelines.cli import build_parser, main
 from haechi.pipelines.compiling import COMPILED
 from haechi.pipelines.kubeflow import Kubeflow
@@ -480,29 +482,38 @@ def test_an_upload_that_is_refused_without_a_reason_names_the_likely_one(team: K
         submit_training(server, {})
 
 
-def test_a_redirection_is_told_with_its_end_instead_of_a_refused_token(
-    team: KfpStandIn, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize("status", [301, 302, 307])
+@pytest.mark.parametrize(
+    ("what", "end", "told"),
+    [
+        ("GET .*healthz", "", "leads to {other}. Give that address as --host"),
+        (
+            "GET .*healthz",
+            "/login?from=",
+            "leads to {other}/login instead of answering. Most likely it is the login page",
+        ),
+        ("POST .*/runs", "/login?from=", "did not start the run: it leads to {other}/login"),
+        ("POST .*upload_version", "", "did not take the version"),
+        ("GET .*/versions", "", "did not list the pipeline's versions: it leads to {other}"),
+    ],
+    ids=["address", "login", "run", "upload", "list"],
+)
+def test_a_redirection_is_told_and_nobody_else_gets_the_token_or_the_session(
+    what: str,
+    end: str,
+    told: str,
+    status: int,
+    team: KfpStandIn,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(301)
-            self.send_header("Location", team.host + self.path)
-            self.end_headers()
-
-        def log_message(self, *arguments: object) -> None:
-            """Stay quiet."""
-
-    token = tmp_path / "token"
-    token.write_text(make_token("alice"))
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        host = f"http://127.0.0.1:{server.server_port}"
-        assert main(["submit", "--host", host, "--namespace", "team", "--token-file", str(token)]) == 11
-        server.shutdown()
-        thread.join()
-    assert f"{host} leads to {team.host}. Give that address as --host" in capsys.readouterr().err
-    assert team.requests == ["GET /apis/v2beta1/healthz"]
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", make_token("alice"))
+    monkeypatch.setenv("KF_PIPELINES_COOKIE", "session=abc")
+    with KfpStandIn() as other:
+        team.faults.append(Fault(what, status, location=other.host + end))
+        assert main(["submit", "--host", team.host, "--namespace", "team"]) == 11
+        assert told.format(other=other.host) in capsys.readouterr().err
+        assert other.requests == []
 
 
 @pytest.mark.parametrize(
@@ -536,8 +547,7 @@ def test_a_session_of_the_browser_is_as_good_as_a_token(team: KfpStandIn, monkey
 
 
 def test_a_login_page_is_not_taken_for_the_api(team: KfpStandIn) -> None:
-    page = "<html><form>Log in to Your Account</form></html>"
-    team.faults.append(Fault("healthz", 200, page, content_type="text/html"))
+    team.faults.append(Fault("healthz", 200, PAGE, content_type="text/html"))
     with pytest.raises(SubmitError, match=r"web page.*login page.*KF_PIPELINES_COOKIE"):
         alice(team)
 
@@ -569,6 +579,141 @@ def test_an_api_that_is_away_is_told_with_its_address_and_nothing_else(caplog: p
 def test_a_name_that_does_not_resolve_is_told() -> None:
     with pytest.raises(SubmitError, match=r"kubeflow\.invalid cannot be reached"):
         Kubeflow(KubeflowSettings(host="http://kubeflow.invalid"))
+
+
+PAGE = "<html><form>Log in to Your Account</form></html>"
+DEEP = "[" * 100_000
+ODD_ANSWERS = {
+    "a page for a run": ("POST .*/runs", 200, PAGE, "did not start the run: .*web page.*KF_PIPELINES_COOKIE"),
+    "a page for an upload": ("POST .*upload_version", 200, PAGE, "did not take the version .*web page"),
+    "a page for a pipeline": ("GET .*names/", 200, PAGE, "did not look for the pipeline .*web page"),
+    "a page for an experiment": ("GET .*experiments", 200, PAGE, "did not look for the experiment .*web page"),
+    "a page for versions": ("GET .*/versions", 200, PAGE, "did not list the pipeline's versions: .*web page"),
+    "nothing for a run": ("POST .*/runs", 200, "", "did not start the run: .*web page"),
+    "a run without id": ("POST .*/runs", 200, "{}", "did not start the run: it tells no run_id"),
+    "a run with an empty id": ("POST .*/runs", 200, '{"run_id": ""}', "it tells no run_id"),
+    "a run whose id is an object": ("POST .*/runs", 200, '{"run_id": {"a": 1}}', "other JSON than the pipelines API"),
+    "a run whose id is a command": ("POST .*/runs", 200, r'{"run_id": "r\u001b[31m"}', "it tells no run_id"),
+    "a list for a run": ("POST .*/runs", 200, "[]", "other JSON than the pipelines API"),
+    "null for a run": ("POST .*/runs", 200, "null", "other JSON than the pipelines API"),
+    "a run of nested lists": ("POST .*/runs", 200, DEEP, "did not start the run: .*web page"),
+    "a run of no moment": ("POST .*/runs", 200, '{"run_id": "r", "created_at": 5}', "other JSON"),
+    "an error without words": ("POST .*/runs", 500, "", "did not start the run .500 Internal Server Error.[.] Submit"),
+    "an error of nested lists": ("POST .*/runs", 500, DEEP, "did not start the run .500"),
+    "an experiment without id": ("GET .*experiments", 200, '{"experiments": [{}]}', "it tells no experiment_id"),
+    "a pipeline without id": ("GET .*names/", 200, "{}", "it tells no pipeline_id"),
+    "a version without id": ("GET .*/versions", 200, '{"pipeline_versions": [{}]}', "it tells no pipeline_version_id"),
+    "versions that are no list": ("GET .*/versions", 200, '{"pipeline_versions": {"a": 1}}', "other JSON"),
+    "versions that are numbers": ("GET .*/versions", 200, '{"pipeline_versions": [1]}', "other JSON"),
+    "a count that is a word": ("GET .*/versions", 200, '{"total_size": "many"}', "other JSON"),
+    "a list for the version": ("GET .*healthz", 200, "[]", "other JSON than the pipelines API"),
+    "null for the version": ("GET .*healthz", 200, "null", "other JSON than the pipelines API"),
+}
+
+
+@pytest.mark.parametrize(("what", "status", "body", "told"), ODD_ANSWERS.values(), ids=ODD_ANSWERS)
+def test_an_answer_that_is_not_the_apis_is_no_success(
+    what: str, status: int, body: str, told: str, team: KfpStandIn
+) -> None:
+    team.faults.append(Fault(what, status, body, times=99))
+    with pytest.raises(SubmitError, match=told) as error:
+        submit_training(alice(team), {})
+    assert error.value.status == status
+
+
+def test_a_schedule_without_id_is_no_success(api: KfpStandIn) -> None:
+    api.faults.append(Fault("POST .*recurringruns", 200, "{}"))
+    with pytest.raises(SubmitError, match="did not make the recurring run: it tells no recurring_run_id"):
+        schedule_training(connect(api), {}, Schedule(seconds=60))
+    api.faults.append(Fault("GET .*recurringruns", 200, '{"recurringRuns": [{"display_name": "training-safety"}]}'))
+    with pytest.raises(SubmitError, match="did not list the recurring runs: it tells no recurring_run_id"):
+        schedule_training(connect(api), {}, Schedule(seconds=60))
+
+
+def test_what_a_newer_server_adds_is_no_error(api: KfpStandIn) -> None:
+    api.faults.append(Fault("healthz", 200, '{"tag_name": 3, "multi_user": false, "pipeline_store": "new"}'))
+    api.faults.append(Fault("POST .*/runs", 200, '{"run_id": "r-9", "state": "NEW_STATE", "news": [1], "error": null}'))
+    assert submit_training(connect(api), {}).id == "r-9"
+
+
+def test_a_schedule_of_odd_numbers_is_another_one(api: KfpStandIn) -> None:
+    schedule_training(connect(api), {}, Schedule(seconds=60))
+    api.recurring[0] |= {"max_concurrency": "some", "trigger": {"periodic_schedule": {"interval_second": "soon"}}}
+    assert schedule_training(connect(api), {}, Schedule(seconds=60)).change == "replaced"
+
+
+def test_words_of_the_server_cannot_steer_the_terminal(api: KfpStandIn, capsys: pytest.CaptureFixture[str]) -> None:
+    api.faults.append(Fault("POST .*/runs", 400, "\x1b[31mEVIL\x1b[0m\x9b2J\u202e", content_type="text/plain"))
+    assert main(["submit", "--host", api.host]) == 11
+    api.progress = [states("FAILED", train="\x1b[2JGONE") | {"error": {"message": "\x1b]0;title\x07"}}]
+    assert main(["submit", "--host", api.host, "--wait"]) == 31
+    told = capsys.readouterr().err
+    for words in (r"\x1b[31mEVIL\x1b[0m\x9b2J\u202e", r"\x1b[2jgone", r"\x1b]0;title\x07"):
+        assert words in told
+    assert not set("\x1b\x07\x9b\u202e") & set(told)
+
+
+def slowly() -> Iterator[bytes]:
+    for _ in range(100):
+        time.sleep(0.05)
+        yield b" "
+
+
+def endlessly() -> Iterator[bytes]:
+    for _ in range(1000):
+        yield b"a" * 100_000
+
+
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize(
+    ("body", "told"), [(slowly, "no whole answer within"), (endlessly, "over 1 MiB")], ids=["slow", "endless"]
+)
+def test_an_answer_without_end_is_given_up(
+    body: Callable[[], Iterator[bytes]], told: str, status: int, api: KfpStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kubeflow, "_DEADLINE", 1.0)
+    monkeypatch.setattr("haechi.pipelines.kubeflow_http._MOST", 1 << 20)
+    api.faults.append(Fault("POST .*/runs", status, body))
+    start = time.monotonic()
+    with pytest.raises(SubmitError, match=f"did not start the run: .*{told}"):
+        submit_training(connect(api), {})
+    assert time.monotonic() - start < 4
+
+
+def test_a_list_without_end_is_given_up(api: KfpStandIn) -> None:
+    api.faults.append(Fault("GET .*/versions", 200, '{"next_page_token": "more"}', times=10**6))
+    with pytest.raises(SubmitError, match=r"did not list the pipeline's versions: .*page after page"):
+        submit_training(connect(api), {})
+    assert len(api.requests) < 200
+
+
+def test_a_list_of_slow_pages_is_given_up(api: KfpStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def page() -> Iterator[bytes]:
+        time.sleep(0.2)
+        yield b'{"next_page_token": "more"}'
+
+    monkeypatch.setattr(kubeflow, "_DEADLINE", 0.9)
+    api.faults.append(Fault("GET .*/versions", 200, page, times=10**6))
+    with pytest.raises(SubmitError, match="page after page"):
+        submit_training(connect(api), {})
+    assert len(api.requests) < 10
+
+
+def test_a_server_that_takes_a_call_and_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubeflow, "_TIMEOUT", (0.3, 0.3))
+    monkeypatch.setattr(kubeflow, "_DEADLINE", 3.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(SubmitError, match=r"cannot be reached to say its version .*read timeout=0\.3"):
+            Kubeflow(KubeflowSettings(host=host))
+
+
+def test_a_session_that_ends_while_waiting_ends_the_wait(api: KfpStandIn) -> None:
+    server = connect(api)
+    run = submit_training(server, {})
+    api.faults.append(Fault("GET .*/runs/", 200, PAGE, times=99))
+    with pytest.raises(SubmitError, match=f"did not tell the run {run.id}: .*web page"):
+        watch(server, run.id, [], every=0.01)
 
 
 @pytest.fixture
