@@ -84,17 +84,27 @@ def train_shm(world: World) -> list[Finding]:
 
 
 def pod_security(world: World) -> list[Finding]:
-    """Pods that Pod Security admission refused, so that nothing is there to look at."""
+    """Pods that Pod Security admission refused, so that nothing is there to look at, at the level that still holds."""
 
     def judge(where: str, message: str) -> list[Finding]:
         refused = re.search(r'violates PodSecurity "([^":]+)[^"]*": (.*)', message, re.DOTALL)
-        if not refused:
+        if not refused or _enforced(world, where.split()[1].split("/")[0]) not in ("", refused[1]):
             return []
         cause = f"the namespace enforces Pod Security {refused[1]!r}, and the pod asks for more: {refused[2][:400]}"
         fix = _INITIALIZER_FIX if "storage-initializer" in message else _RESTRICTED
         return [Finding(f"{where} makes no pods", cause, fix)]
 
     return _refusals(world, judge)
+
+
+def _enforced(world: World, namespace: str) -> str:
+    """The level that a namespace's label enforces now; empty where it has none, or we may not see it."""
+    try:
+        found = world.cluster.get(f"/api/v1/namespaces/{namespace}") or {}
+    except CannotLook:
+        return ""
+    labels = (found.get("metadata") or {}).get("labels") or {}
+    return str(labels.get("pod-security.kubernetes.io/enforce", ""))
 
 
 def quota(world: World) -> list[Finding]:

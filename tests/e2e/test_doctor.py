@@ -467,6 +467,15 @@ def test_a_job_that_pod_security_refuses_is_found_by_its_event(place: Place) -> 
     assert "'baseline'" in finding.cause
 
 
+@pytest.mark.parametrize(("level", "exit_code"), [("restricted", 1), ("baseline", 0)])
+def test_what_pod_security_refused_counts_as_long_as_that_level_holds(place: Place, level: str, exit_code: int) -> None:
+    said = 'pods "x" is forbidden: violates PodSecurity "restricted:latest": allowPrivilegeEscalation != false'
+    workflow(place, "training-1", "Failed", {"n1": {"type": "Pod", "phase": "Error", "message": said}})
+    label = {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": level}}}
+    place.patch(f"/api/v1/namespaces/{place.runs}", label)
+    assert place.examine().exit_code == exit_code
+
+
 def test_a_quota_that_is_used_up_is_found_in_the_workflow(place: Place) -> None:
     hard = {f"requests.{GPU}": "0"}
     path = f"/api/v1/namespaces/{place.runs}/resourcequotas"
