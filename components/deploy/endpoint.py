@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import requests
@@ -16,14 +16,15 @@ from haechi.components.shared.images import decode
 from haechi.components.shared.model_folder import GOLDEN_CONF, GoldenImage, read_golden
 from haechi.components.shared.parity import Agreement, Tolerance, agree, compare
 
+from .bounded import Answer, ask
 from .credential import REMEDY, Credential
 
 __all__ = ["Denied", "Endpoint", "Unanswered", "check_golden_at", "disagreement"]
 
-_TIMEOUT = (5, 30)  # seconds to connect, and to wait for an answer
 _TYPES = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
 # Our own pictures are no samples of production.
 _HEADERS = {"x-haechi-sample": "never", "x-haechi-camera": "haechi-deploy"}
+_TOLD = 200  # characters of an odd answer
 _IOU = 0.7  # as the golden boxes were made
 
 
@@ -69,7 +70,7 @@ class Endpoint:
         kind = _TYPES.get(Path(image.name).suffix.lower(), "application/octet-stream")
         answer = self._ask("POST", path, image.data, kind)
         try:
-            entry = answer.json()
+            entry = json.loads(answer.body)
             found = {item["name"]: item["data"] for item in entry["outputs"]}
             boxes = Detections(
                 np.asarray(found["boxes"], dtype=np.float32).reshape(-1, 4),
@@ -77,8 +78,9 @@ class Endpoint:
                 np.asarray(found["class_ids"], dtype=np.int64),
             )
             return boxes, str(entry["model_version"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise Unanswered(f"{self.url} answered in another form than Haechi's V2 ({error})") from error
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            told = str(error)[:_TOLD]
+            raise Unanswered(f"{self.url} answered in another form than Haechi's V2 ({told})") from error
 
     def metrics(self) -> str:
         """Its `/metrics`, of whichever pod the Service chooses.
@@ -86,21 +88,19 @@ class Endpoint:
         Raises:
             Unanswered: it cannot be reached or answers with an error.
         """
-        return str(self._ask("GET", "/metrics").text)
+        return self._ask("GET", "/metrics").text
 
-    def _ask(
-        self, verb: str, path: str, body: bytes | None = None, kind: str = "", patient: bool = True
-    ) -> requests.Response:
+    def _ask(self, verb: str, path: str, body: bytes | None = None, kind: str = "", patient: bool = True) -> Answer:
         end, headers = time.monotonic() + self._settle, _HEADERS | ({"content-type": kind} if kind else {})
         while True:
             try:
-                answer = self._send(verb, path, body, headers)
-                if answer.status_code == 200:
+                answer = ask(verb, self.url + path, data=body, headers=headers, auth=self._credential)
+                if answer.status == 200:
                     return answer
-                if answer.status_code in (401, 403):
+                if answer.status in (401, 403):
                     raise self._denied(answer)
-                problem = f"answered {answer.status_code}: {_reason(answer)}"
-                passing = answer.status_code == 503
+                problem = f"answered {answer.status}: {_reason(answer)}"
+                passing = answer.status == 503
             except requests.RequestException as error:
                 problem, passing = f"cannot be reached ({error})", True
             if not passing or not patient or time.monotonic() > end:
@@ -110,22 +110,10 @@ class Endpoint:
                 )
             time.sleep(min(1.0, self._settle / 10))
 
-    def _send(self, verb: str, path: str, body: bytes | None, headers: dict[str, str]) -> requests.Response:
-        # No session: each request may meet another pod. No redirects: another address is not to see the key.
-        return requests.request(
-            verb,
-            self.url + path,
-            data=body,
-            headers=headers,
-            auth=self._credential,
-            timeout=_TIMEOUT,
-            allow_redirects=False,
-        )
-
-    def _denied(self, answer: requests.Response) -> Denied:
+    def _denied(self, answer: Answer) -> Denied:
         names = " and ".join(self._credential.headers()) or "no key or token"
         return Denied(
-            f"{self.url} answered {answer.status_code} ({_reason(answer)}); {names} was sent",
+            f"{self.url} answered {answer.status} ({_reason(answer)}); {names} was sent",
             REMEDY.format(folder=self._credential.folder),
         )
 
@@ -181,8 +169,8 @@ def disagreement(pairs: list[tuple[Detections, Detections]]) -> float:
     return lone / (lone + 2 * matched) if lone + matched else 0.0
 
 
-def _reason(answer: requests.Response) -> Any:
+def _reason(answer: Answer) -> str:
     try:
-        return answer.json()["error"]
-    except (ValueError, KeyError, TypeError):
-        return answer.text[:200] or answer.reason
+        return str(json.loads(answer.body)["error"])[:_TOLD]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return answer.text[:_TOLD] or answer.reason

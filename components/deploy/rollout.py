@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
+from urllib.parse import urlsplit
 
 from haechi.components.shared.errors import InputError
 
 __all__ = ["STRATEGIES", "Rollout"]
 
 STRATEGIES = ("auto", "canary", "shadow", "rolling")
+_LONGEST_BAKE = 7 * 86_400.0
+_LONGEST_POLL = 60.0  # far less than a lease lasts without a sign of life
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,10 @@ class Rollout:
         strategy: `auto` takes a canary where the cluster can split traffic, else a shadow. `canary` refuses where it
             cannot. `shadow` proves the model in a service of its own and then replaces the pods. `rolling` only
             replaces the pods; nothing is asked of the new model.
-        steps: percent of traffic for the canary, rising; after the last one it is promoted.
-        bake: seconds at each step.
-        poll: seconds between two looks at the metrics, each with one frame to canary and stable.
+        steps: percent of traffic for the canary, rising; after the last one it is promoted. Without any, a canary that
+            gives the golden boxes is promoted at once: users have not tried it.
+        bake: seconds at each step, up to a week.
+        poll: seconds between two looks at the metrics, each with one frame to canary and stable; up to 60.
         min_requests: answers that the canary must have given before its errors or its latency are judged.
         max_errors: how much larger the canary's share of failed requests may be than the stable one's.
         max_latency: how many times the stable one's 95th percentile of latency the canary's may be.
@@ -56,11 +60,15 @@ class Rollout:
         for name, least in (("bake", 0.0), ("min_requests", 1), ("max_errors", 0.0), ("max_latency", 1.0)):
             if getattr(self, name) < least:
                 raise InputError(f"rollout.{name} is {getattr(self, name)}", f"Give {least:g} or more.")
-        if self.poll <= 0:
-            raise InputError(f"rollout.poll is {self.poll}", "Give seconds above 0.")
+        if self.bake > _LONGEST_BAKE:
+            raise InputError(
+                f"rollout.bake is {self.bake:g}", f"Give seconds up to {_LONGEST_BAKE:.0f}, which is a week."
+            )
+        if not 0 < self.poll <= _LONGEST_POLL:
+            raise InputError(f"rollout.poll is {self.poll:g}", f"Give seconds above 0 and up to {_LONGEST_POLL:g}.")
         if not 0 <= self.max_disagreement <= 1:
             raise InputError(f"rollout.max_disagreement is {self.max_disagreement}", "Give a share from 0 to 1.")
-        if self.prometheus and not self.prometheus.startswith(("http://", "https://")):
+        if self.prometheus and not _is_url(self.prometheus):
             raise InputError(f"rollout.prometheus is {self.prometheus!r}, not a URL", "Write http://prometheus:9090.")
         _check_address(self.address)
 
@@ -114,7 +122,16 @@ def _check_address(address: str) -> None:
         filled = address.format(service="a", namespace="b")
     except (KeyError, IndexError, ValueError):
         filled = ""
-    if not filled.startswith(("http://", "https://")) or "{service}" not in address:
+    if not _is_url(filled) or "{service}" not in address:
         raise InputError(
             f"rollout.address is {address!r}", "Write a URL with {service}, as http://{service}.{namespace}.svc."
         )
+
+
+def _is_url(text: str) -> bool:
+    """Whether a request can be sent there; a line's end in it would begin a header of its own."""
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and text.isprintable() and " " not in text
+    except ValueError:
+        return False

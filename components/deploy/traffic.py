@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -10,12 +11,15 @@ from typing import Protocol
 
 import requests
 
+from .bounded import ask
 from .endpoint import Unanswered
 from .rollout import Rollout
 
 __all__ = ["Measured", "Pods", "Prometheus", "Source", "judge", "percentile", "read_metrics"]
 
 _FAILED = ("error", "deadline", "overload")  # refused, denied and cancelled are the caller's
+# What odd JSON raises where it is read as if it were none.
+_ODD = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 _PREDICTIONS = ("v1", "v2", "grpc")
 _Buckets = dict[float, float]
 
@@ -144,11 +148,12 @@ class Prometheus:
 
     def _query(self, query: str, label: str) -> Mapping[str, float]:
         try:
-            answer = requests.get(f"{self._url}/api/v1/query", params={"query": query}, timeout=(5, 30))
-            answer.raise_for_status()
-            rows = answer.json()["data"]["result"]
+            answer = ask("GET", f"{self._url}/api/v1/query", params={"query": query})
+            if answer.status != 200:
+                raise ValueError(f"{answer.status} {answer.reason}")
+            rows = json.loads(answer.body)["data"]["result"]
             return {row["metric"].get(label, ""): _number(row["value"][1]) for row in rows}
-        except (requests.RequestException, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (requests.RequestException, *_ODD) as error:
             raise Unanswered(
                 f"Prometheus at {self._url} does not answer with numbers: {error}",
                 "Check rollout.prometheus, or leave it empty.",

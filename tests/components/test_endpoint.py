@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import http.server
+import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import tiny_model_folder
 
+from haechi.components.deploy import bounded
 from haechi.components.deploy.credential import Credential
 from haechi.components.deploy.endpoint import Denied, Endpoint, Unanswered, check_golden_at
+from haechi.components.deploy.traffic import Prometheus
 from haechi.components.shared.errors import SettingsError
+from haechi.components.shared.model_folder import read_golden
 from haechi.serving.api_keys import new_key
 from haechi.serving.service import Role
 from tests.serving_process import Running, running
@@ -141,3 +147,153 @@ def test_a_403_says_which_role_is_wanted(tmp_path: Path) -> None:
         with pytest.raises(Denied, match="answered 403") as caught:
             endpoint.check_known()
         assert "role `predict`" in caught.value.remedy
+
+
+# --- answers that are none ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def saying(answer: Any) -> Iterator[str]:
+    """A server whose every answer a function writes: it is called with the handler, after the request was read."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            try:
+                answer(self)
+            except OSError:
+                self.close_connection = True  # nobody listens any more
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Keep the tests' output clean."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def body(data: bytes, status: int = 200) -> Any:
+    def answer(handler: Any) -> None:
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    return answer
+
+
+def outputs(**changed: Any) -> bytes:
+    data = {"boxes": [0.0, 0.0, 1.0, 1.0], "scores": [0.5], "class_ids": [0], **changed}
+    rows = [{"name": name, "data": values} for name, values in data.items()]
+    return json.dumps({"model_version": "0" * 12, "outputs": rows}).encode()
+
+
+DEEP = b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        outputs(class_ids=[10**30]),
+        outputs(scores=[[0.5], []]),
+        outputs(boxes=[1.0]),
+        outputs(boxes={}),
+        DEEP,
+        b"[]",
+        b'"x"',
+        b'{"outputs": [1]}',
+        b'{"outputs": {"a": 1}}',
+        b"\xff",
+    ],
+    ids=[
+        "a huge class",
+        "ragged",
+        "half a box",
+        "an object",
+        "deep",
+        "a list",
+        "text",
+        "numbers",
+        "no list",
+        "no text",
+    ],
+)
+def test_an_answer_of_another_form_is_told_as_one(guarded: tuple[Running, Path], data: bytes) -> None:
+    image = read_golden(guarded[1])[0]
+    with saying(body(data)) as url, pytest.raises(Unanswered, match="answered in another form than Haechi's V2"):
+        Endpoint(url, "entrance", 0.1).detect(image)
+
+
+@pytest.mark.parametrize(
+    "data", [DEEP, b'{"error": ' + DEEP, b"[1]", b"x" * 10**6, json.dumps({"error": "y" * 10**6}).encode()]
+)
+def test_an_error_of_another_form_is_told_in_a_few_words(data: bytes) -> None:
+    with saying(body(data, 500)) as url, pytest.raises(Unanswered, match="answered 500: ") as caught:
+        Endpoint(url, "entrance", 0.1).metrics()
+    assert len(str(caught.value)) < 600
+
+
+def dripping_body(handler: Any) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    drip(handler, b"x")
+
+
+def dripping_headers(handler: Any) -> None:
+    handler.send_response(200)
+    handler.flush_headers()
+    drip(handler, b"X: y\r\n")
+
+
+def drip(handler: Any, data: bytes) -> None:
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        handler.wfile.write(data)
+        handler.wfile.flush()
+        time.sleep(0.1)
+
+
+def endless(handler: Any) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    while True:
+        handler.wfile.write(b"x" * 2**16)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (dripping_body, r"no whole answer within 0\.5 s"),
+        (dripping_headers, r"no whole answer within 0\.5 s"),
+        (endless, "answer is larger than 1 MiB"),
+    ],
+)
+def test_an_answer_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch, answer: Any, message: str) -> None:
+    monkeypatch.setattr(bounded, "SECONDS", 0.5)
+    monkeypatch.setattr(bounded, "MOST", 2**20)
+    with saying(answer) as url:
+        begun = time.monotonic()
+        with pytest.raises(Unanswered, match=message):
+            Endpoint(url, "entrance", 0.1).metrics()
+        with pytest.raises(Unanswered, match=message):
+            Prometheus(url, "models", "entrance-predictor", lambda: 1.0).total()
+        assert time.monotonic() - begun < 5
+
+
+def test_prometheus_is_not_followed_elsewhere() -> None:
+    there: list[dict[str, str]] = []
+    with (
+        answering(200, {}, there) as other,
+        answering(302, {"Location": other}, []) as url,
+        pytest.raises(Unanswered, match="does not answer with numbers: 302"),
+    ):
+        Prometheus(url, "models", "entrance-predictor", lambda: 1.0).total()
+    assert not there
