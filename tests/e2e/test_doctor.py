@@ -491,10 +491,12 @@ def test_a_quota_that_is_used_up_is_found_in_the_workflow(place: Place) -> None:
     assert f"kubectl -n {place.runs} describe resourcequota gpus" in finding.fix
 
 
-@pytest.mark.parametrize(("hard", "still"), [("0", True), ("4", False), (None, False)])
+@pytest.mark.parametrize(
+    ("hard", "used", "still"), [("0", "0", True), ("4", "4", True), ("4", "3", False), (None, "", False)]
+)
 @pytest.mark.parametrize("phase", ["Running", "Failed"])
 def test_what_a_quota_refused_counts_as_long_as_it_would_refuse_it_again(
-    place: Place, phase: str, hard: str | None, still: bool
+    place: Place, phase: str, hard: str | None, used: str, still: bool
 ) -> None:
     said = (
         'pods "x" is forbidden: exceeded quota: gpus, requested: limits.cpu=1,requests.nvidia.com/gpu=1, '
@@ -505,7 +507,8 @@ def test_what_a_quota_refused_counts_as_long_as_it_would_refuse_it_again(
     if hard:
         spec = {"hard": {f"requests.{GPU}": hard}}
         body = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "gpus"}, "spec": spec}
-        place.create(f"/api/v1/namespaces/{place.runs}/resourcequotas", body)
+        status = {**spec, "used": {f"requests.{GPU}": used}}
+        place.create(f"/api/v1/namespaces/{place.runs}/resourcequotas", body, status)
     diagnosis = place.examine()
     if still:
         assert "exceeded quota: gpus" in only(diagnosis, "quota").cause
@@ -829,6 +832,16 @@ def test_the_steps_bucket_that_does_not_exist_is_found(place: Place) -> None:
     assert "'nobody-made-this' does not exist" in finding.symptom
 
 
+def test_wrong_keys_that_two_accounts_list_are_told_once(place: Place) -> None:
+    place.server.make_service_account(place.serving, "models")
+    path = f"/api/v1/namespaces/{place.serving}/serviceaccounts/models"
+    place.patch(path, {"secrets": [{"name": "haechi-s3"}]})
+    place.isvc("entrance", {}, {"deploymentMode": "Standard"})
+    place.isvc("exit", {"predictor": {"serviceAccountName": "models"}}, {"deploymentMode": "Standard"})
+    place.kserve_secret(place.settings.s3_endpoint.removeprefix("http://"), secret_key="of somebody else")
+    assert "AWS_SECRET_ACCESS_KEY" in only(place.examine(), "kserve-keys").fix
+
+
 def test_wrong_keys_of_kserves_storage_initializer_are_found(place: Place) -> None:
     place.kserve_secret(place.settings.s3_endpoint.removeprefix("http://"), secret_key="of somebody else")
     assert "AWS_SECRET_ACCESS_KEY" in only(place.examine(), "kserve-keys").fix
@@ -884,6 +897,10 @@ def test_a_protocol_other_than_the_steps_is_found_from_where_the_store_has_no_ad
     finding = only(place.examine(env=place.settings.to_env()), "kserve-keys")
     assert f"asks {host} by https" in finding.cause
     assert "s3-usehttps=0" in finding.fix
+    # Another host, such as a gateway before the same store, has a protocol of its own.
+    note["metadata"]["annotations"]["serving.kserve.io/s3-endpoint"] = "gateway.invalid:9000"
+    place.patch(f"/api/v1/namespaces/{place.serving}/secrets/haechi-s3", note)
+    assert place.examine(env=place.settings.to_env() | {"MLFLOW_TRACKING_URI": ""}).exit_code == 0
 
 
 def test_the_way_to_mlflow_that_the_environment_names_is_taken_with_the_steps_credentials(
