@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -15,6 +17,7 @@ from .kubernetes_api import Away, InferenceServiceApi, Raced
 
 __all__ = ["Busy", "Lease", "LeaseLost", "holder_of", "lease_name"]
 
+_SILENT = 10.0  # terms for which a holder is believed to live without a sign of it
 _STAMP = "%Y-%m-%dT%H:%M:%S.%fZ"
 
 
@@ -28,6 +31,9 @@ class LeaseLost(DeployError):
 
 class Lease:
     """The right to change one InferenceService, as the object Lease `haechi-<name>` of its namespace.
+
+    While the block lasts a thread renews it, however long one piece of work takes; but not for a holder that hangs: one that
+    has not called `renew` for ten times `seconds` is no longer renewed, and others may take the lease.
 
     Clocks that differ cost time, and nothing else: a lease that looks expired is watched for a moment before it is taken.
 
@@ -46,7 +52,9 @@ class Lease:
         self._api, self.holder, self._seconds, self._take_over = api, holder, seconds, take_over
         self._name = lease_name(api.name)
         self._lease: dict[str, Any] = {}
-        self._renewed = 0.0
+        self._renewed = self._alive = 0.0
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._keeper = threading.Thread(target=self._keep, name=f"lease {self._name}", daemon=True)
         self._turn = 0  # tells us from another process that calls itself the same
 
     def __enter__(self) -> Self:
@@ -61,7 +69,8 @@ class Lease:
                 self._lease = self._api.write_lease(lease)
             except Raced:
                 continue  # somebody was faster: see who
-            self._renewed = time.monotonic()
+            self._renewed = self._alive = time.monotonic()
+            self._keeper.start()
             return self
         raise Busy(f"others take the lease {self._name} of namespace {self._api.namespace} all the time", "Run again.")
 
@@ -86,6 +95,8 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
+        self._keeper.join()
         self._lease["spec"] = {**self._lease["spec"], "renewTime": _now(), "leaseDurationSeconds": 1}
         self._lease["spec"].pop("holderIdentity", None)
         try:
@@ -96,17 +107,38 @@ class Lease:
             say(f"the lease {self._name} could not be given back and expires by itself: {failure.problem}")
 
     def renew(self) -> None:
-        """Say that we are alive, where the last time was long ago; to be called often.
+        """Say that we are alive; to be called often.
 
         Raises:
             LeaseLost: somebody else holds it now.
         """
-        if time.monotonic() - self._renewed < self._seconds / 3:
-            return
-        try:
-            self._write()
-        except Away:
-            return  # as long as nobody takes it, it is ours
+        self._alive = time.monotonic()
+        with self._lock:
+            if self._due() > 0:
+                return
+            try:
+                self._write()
+            except Away:
+                return  # as long as nobody takes it, it is ours
+
+    def _due(self) -> float:
+        """Seconds until the lease is to be renewed."""
+        return self._renewed + self._seconds / 3 - time.monotonic()
+
+    def _keep(self) -> None:
+        """Renew while the holder lives."""
+        while not self._ended.wait(max(self._due(), self._seconds / 30)):
+            if time.monotonic() - self._alive > _SILENT * self._seconds:
+                continue  # it may come to itself
+            with self._lock:
+                try:
+                    if self._due() <= 0:
+                        self._write()
+                except LeaseLost:
+                    self._renewed = -math.inf  # so that `renew` looks, and raises this itself
+                    return
+                except DeployError:
+                    continue  # a right that is missing, or a server that is away: `renew` meets it too
 
     def _write(self) -> None:
         for _ in range(3):
