@@ -305,13 +305,13 @@ def test_a_holder_whose_clock_is_wrong_keeps_its_lease_while_it_lives(
 
 
 def test_a_lease_that_is_deleted_is_made_again_and_one_of_the_same_name_is_another(place: Place) -> None:
-    with Lease(place.api, "run-1", 0.1) as lease:
+    with Lease(place.api, "run-1", 1) as lease:
         assert place.cluster.request("DELETE", lease_path(place)).status == 200
-        time.sleep(0.05)
+        time.sleep(0.4)
         lease.renew()
         assert place.cluster.get(lease_path(place))["spec"]["holderIdentity"] == "run-1"
         with Lease(place.api, "run-1", 60):
-            time.sleep(0.05)
+            time.sleep(0.4)
             with pytest.raises(LeaseLost):
                 lease.renew()
 
