@@ -27,8 +27,9 @@ __all__ = [
     "without_userinfo",
 ]
 
-# A user of ssh is a name alone; elsewhere what stands before the @ may be a secret, with or without a colon.
-_USERINFO = re.compile(r"(?<!ssh)(://)[^\s/?#'\"]*@")
+# A user of ssh is a name alone; elsewhere what stands before the @ may be a secret, with or without a colon. A password
+# that nobody escaped may hold a slash or worse; what follows a host's colon is a port.
+_USERINFO = re.compile(r"""(?<!ssh)(://)(?:[^\s/?#"@:]*:(?!\d+(?:[/?#\s"']|$))[^\s"]*|[^\s/?#"]*)@""")
 
 _STEERS = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
