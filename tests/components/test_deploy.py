@@ -20,6 +20,7 @@ import urllib3
 from cluster_stand_in import ClusterStandIn
 from tiny_models import tiny_model_folder
 
+from haechi.components.deploy import step, switch
 from haechi.components.deploy.inference_service import PREVIOUS, Patience, manifest
 from haechi.components.deploy.kubernetes_api import MANAGER
 from haechi.components.deploy.step import DeployResult, deploy, refuse
@@ -262,6 +263,32 @@ def test_a_champion_that_changed_since_the_run_began_is_not_overrun(world: World
     with pytest.raises(DeployRefused, match=f"changed from none to {first.version} since this run began.*again"):
         world.deploy(champion="")
     assert world.alias("champion") == first.version
+
+
+@pytest.mark.parametrize(
+    ("module", "act", "serves"), [(step, "record", "first"), (switch, "place", "second")], ids=["copied", "switched"]
+)
+def test_whom_a_person_makes_champion_meanwhile_stays(
+    world: World, monkeypatch: pytest.MonkeyPatch, module: Any, act: str, serves: str
+) -> None:
+    target, versions = world.root / "served", {"first": world.model().version}
+    world.deploy(target=f"dir:{target}")
+    theirs = world.model(shift=2.0, champion=versions["first"], decision="refuse")
+    world.refuse()
+    versions["second"] = world.model(shift=1.0, champion=versions["first"]).version
+    work = getattr(module, act)
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        done = work(*arguments, **options)
+        (found,) = world.tracker.versions(world.name, theirs.version)
+        world.tracker.set_alias(world.name, "champion", found.number)
+        return done
+
+    monkeypatch.setattr(module, act, meanwhile)
+    with pytest.raises(DeployRefused, match=f"changed from {versions['first']} to {theirs.version}"):
+        world.deploy(champion=versions["first"], target=f"dir:{target}")
+    assert world.alias("champion") == theirs.version
+    assert (target / "current").readlink().name == versions[serves]
 
 
 def test_another_model_in_its_place_is_an_error(world: World) -> None:
