@@ -23,6 +23,7 @@ import yaml
 from haechi.components.shared.errors import DeployError, InputError
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.progress import say
+from haechi.components.shared.settings import environment_with
 
 from .inference_service import manifest
 from .readiness import storage_uri as uri_of
@@ -172,7 +173,7 @@ def _run(command: list[str]) -> tuple[int, str, str]:
         subprocess.TimeoutExpired: it took too long.
     """
     # English, for we read what git says; no prompt: say that a password is wanted instead of waiting for it.
-    env = {**os.environ, "LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"}
+    env = environment_with(LC_ALL="C", GIT_TERMINAL_PROMPT="0")
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, errors="replace", env=env, start_new_session=True, **pipes) as child:
         try:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from .errors import SettingsError
 
-__all__ = ["ENDPOINT_CREDENTIALS", "GIT_CREDENTIALS", "Settings"]
+__all__ = ["ENDPOINT_CREDENTIALS", "GIT_CREDENTIALS", "Settings", "environment_with"]
 
 # Where the pipeline mounts its Secrets.
 GIT_CREDENTIALS = "/etc/haechi/git"
@@ -107,6 +107,11 @@ class Settings:
     def cache_path(self) -> Path | None:
         """The cache folder, or None where no cache is wanted."""
         return Path(self.cache_dir) if self.cache_dir else None
+
+
+def environment_with(**changed: str) -> dict[str, str]:
+    """This process's environment with some variables set, for a program that we start."""
+    return {**os.environ, **changed}
 
 
 def _check_endpoint(endpoint: str) -> None:
