@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -135,10 +134,9 @@ class Lease:
                     if self._due() <= 0:
                         self._write()
                 except LeaseLost:
-                    self._renewed = -math.inf  # so that `renew` looks, and raises this itself
-                    return
+                    return  # `renew` meets it too
                 except DeployError:
-                    continue  # a right that is missing, or a server that is away: `renew` meets it too
+                    continue  # a right that is missing, or a server that is away
 
     def _write(self) -> None:
         for _ in range(3):

@@ -121,9 +121,11 @@ def answering(status: int, headers: dict[str, str], seen: list[dict[str, str]]) 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_a_key_does_not_follow_a_redirect_and_a_netrc_is_not_asked(

@@ -40,7 +40,18 @@ def test_work_that_takes_longer_than_the_term_keeps_the_lease(api: InferenceServ
         time.sleep(1.8)
         with pytest.raises(Busy, match="run 1 is deploying"):
             Lease(api, "run 2", 1).__enter__()
+        writes = int((api.lease("haechi-entrance") or {})["metadata"]["resourceVersion"])
+        assert writes >= 4, "whoever watches does so for 0.4 of a term"
     assert holder(api) == ""
+
+
+def test_a_sign_of_life_between_two_renewals_counts(api: InferenceServiceApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "_SILENT", 0.25)
+    with Lease(api, "run 1", 2) as lease:
+        begun = api.lease("haechi-entrance")
+        time.sleep(0.55)
+        lease.renew()
+        until(lambda: api.lease("haechi-entrance") != begun)
 
 
 def test_a_holder_that_hangs_loses_the_lease_and_learns_it(
