@@ -437,7 +437,7 @@ def _promote(arguments: Arguments) -> int:
     from .operations import promote, settings_of
 
     target, rollout = _target(arguments), _rollout(arguments)
-    with settings_of(arguments.workdir) as settings:
+    with settings_of(arguments.workdir, target) as settings:
         done = promote(settings, arguments.name, arguments.version, target, rollout, arguments.take_over)
     _report(arguments, done, [f"champion  {done['version']}", f"before    {done['former'] or 'none'}"])
     return 0
@@ -447,7 +447,7 @@ def _rollback(arguments: Arguments) -> int:
     from .operations import rollback, settings_of
 
     target, rollout = _target(arguments), _rollout(arguments)
-    with settings_of(arguments.workdir) as settings:
+    with settings_of(arguments.workdir, target) as settings:
         done = rollback(settings, arguments.name, target, rollout, arguments.take_over)
     _report(arguments, done, [f"champion  {done['version']}", f"before    {done['former'] or 'none'}"])
     return 0
@@ -457,7 +457,7 @@ def _status(arguments: Arguments) -> int:
     from .operations import settings_of, status, status_lines
 
     target = _target(arguments)
-    with settings_of(arguments.workdir) as settings:
+    with settings_of(arguments.workdir, target) as settings:
         found = status(settings, arguments.name, target)
     _report(arguments, found, status_lines(found))
     return 0
@@ -492,7 +492,7 @@ def _reconcile(arguments: Arguments) -> int:
     from .operations import parse_pairs, reconcile, settings_of
 
     pairs, rollout = parse_pairs(arguments.pairs), _rollout(arguments)
-    with settings_of(arguments.workdir) as settings:
+    with settings_of(arguments.workdir, *(target for _, target in pairs)) as settings:
         told = reconcile(settings, pairs, 0.0 if arguments.once else max(1.0, arguments.every), rollout)
     _report(arguments, told, [f"{name}: {sentence}" for name, sentence in told.items()])
     return 0

@@ -20,23 +20,42 @@ from haechi.components.deploy.reconciler import SITUATION, Pair, Reconciler
 from haechi.components.deploy.registry import FORMER, crown
 from haechi.components.deploy.rollout import Rollout
 from haechi.components.deploy.target import Target
-from haechi.components.shared.errors import InputError
+from haechi.components.shared.errors import InputError, SettingsError
 from haechi.components.shared.files import check_name
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.tracking import RegisteredVersion, Tracker
 
-from .services import running, services
+from .services import services
 
 __all__ = ["parse_pairs", "promote", "reconcile", "rollback", "settings_of", "status", "status_lines"]
 
 
 @contextmanager
-def settings_of(workdir: Path) -> Iterator[Settings]:
-    """The settings that the environment names, or those of a workdir's services."""
+def settings_of(workdir: Path, *targets: Target) -> Iterator[Settings]:
+    """The settings that the environment names; where it names neither store nor MLflow, those of a workdir's services.
+
+    Args:
+        workdir: the services' folder.
+        targets: what is to be looked at or changed; a cluster cannot read from a workdir's store.
+
+    Raises:
+        SettingsError: the environment names only one of the two, or none and a target is `kserve:`.
+        ServiceError: the workdir's services did not come up.
+    """
     settings = Settings.from_env()
-    if settings.s3_endpoint and settings.mlflow_tracking_uri and not running(workdir):
+    named = {"HAECHI_S3_ENDPOINT": settings.s3_endpoint, "MLFLOW_TRACKING_URI": settings.mlflow_tracking_uri}
+    missing = [name for name, value in named.items() if not value]
+    if not missing:
         yield settings
         return
+    clusters = [str(target) for target in targets if target.kind == "kserve"]
+    if len(missing) < len(named) or clusters:
+        needs = f", and {clusters[0]} needs the cluster's store and MLflow" if clusters else ", and the other one is"
+        raise SettingsError(
+            f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set{needs}",
+            "Set both as the cluster's steps have them, by way of `kubectl port-forward` from outside the cluster"
+            + ("." if clusters else "; or neither, for the services of --workdir."),
+        )
     with services(workdir) as started:
         yield replace(
             started.settings(),

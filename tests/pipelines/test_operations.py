@@ -23,6 +23,7 @@ from haechi.components.shared.errors import (
     InputError,
     IntegrityError,
     ModelError,
+    SettingsError,
 )
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.settings import Settings
@@ -312,5 +313,45 @@ def test_the_verbs_work_on_a_workdir_of_one_machine(
         assert (told["champion"], told["in_sync"]) == (versions["first"], True)
         assert main(["reconcile", f"entrance=dir:{served}", "--once", "--workdir", str(workdir)]) == 0
         assert main(["promote", "entrance", "0000", *rest]) == InputError.exit_code
+        for name, value in CLUSTER.items():
+            monkeypatch.setenv(name, value)
+        with operations.settings_of(workdir) as found:
+            assert (found.s3_endpoint, found.mlflow_tracking_uri) == (*CLUSTER.values(),), "the environment goes first"
     finally:
         down(workdir)
+
+
+CLUSTER = {"HAECHI_S3_ENDPOINT": "http://127.0.0.1:9", "MLFLOW_TRACKING_URI": "http://127.0.0.1:7"}
+STORE, MLFLOW = CLUSTER
+KSERVE = "kserve:haechi-serving/safety"
+
+
+@pytest.mark.parametrize(
+    ("named", "target", "told"),
+    [
+        ([STORE], "none", f"{MLFLOW} is not set, and the other one is"),
+        ([MLFLOW], "none", f"{STORE} is not set, and the other one is"),
+        ([MLFLOW], KSERVE, f"{STORE} is not set, and {KSERVE} needs"),
+        ([], KSERVE, f"{STORE} and {MLFLOW} are not set, and {KSERVE} needs"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["status", "promote", "rollback", "reconcile"])
+def test_no_empty_services_stand_in_for_those_of_a_cluster(
+    verb: str,
+    named: list[str],
+    target: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in CLUSTER.items():
+        monkeypatch.setenv(name, value if name in named else "")
+    workdir = tmp_path / "work"
+    words = {
+        "promote": ["safety", "3f2a", "--target", target],
+        "reconcile": [f"safety={target if target == KSERVE else f'dir:{tmp_path}'}", "--once"],
+    }.get(verb, ["safety", "--target", target])
+    assert main([verb, *words, "--workdir", str(workdir)]) == SettingsError.exit_code
+    assert told in capsys.readouterr().err
+    assert not workdir.exists()
