@@ -11,7 +11,10 @@ from typing import Any
 
 import yaml
 
+from haechi.components.deploy.rollout import Rollout
+from haechi.components.deploy.target import Target
 from haechi.components.shared.errors import InputError
+from haechi.components.train.candidate import Candidate
 
 __all__ = ["PARAMETERS", "load_preset", "parse_settings", "preset_names", "run_parameters"]
 
@@ -114,12 +117,14 @@ def run_parameters(preset: str, pairs: Iterable[str] = (), extra: Mapping[str, A
     """A preset with `extra` and `--set` words laid over it, checked.
 
     Raises:
-        InputError: an unknown key or a value of the wrong type, named.
+        InputError: an unknown key or a value of the wrong type, named; or what train or deploy would refuse hours later.
     """
     values = {**(load_preset(preset) if preset else {}), **(extra or {})}
     for key, value in parse_settings(pairs).items():
         _assign(values, key, value)
-    return check(values, "--set")
+    checked = check(values, "--set")
+    _parse(checked)
+    return checked
 
 
 def check(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -150,6 +155,16 @@ def check(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     if checked.get("candidates") == []:
         raise InputError(f"{where}: candidates is empty", "Name at least one training.")
     return checked
+
+
+def _parse(values: Mapping[str, Any]) -> None:
+    """Let the steps' own parsers speak before anything starts."""
+    Target.parse(values.get("target", ""))
+    Rollout.parse(values.get("rollout", {}))
+    for entry in values.get("candidates", []):
+        if not isinstance(entry, dict):
+            raise InputError(f"candidates holds {entry!r}", "Give each one as a mapping, with name and model.")
+        Candidate.parse({str(key): value for key, value in entry.items()})  # as JSON will have them
 
 
 def _check_json(key: str, value: Any, where: str) -> None:

@@ -79,6 +79,16 @@ def test_a_dotted_word_changes_one_item_of_a_preset_and_leaves_the_rest() -> Non
         (["gate=&a {x: *a}"], "gate holds what JSON cannot"),
         (["sources=[{start: 2024-01-01}]"], "Quote dates"),
         (["candidates.7.epochs=1"], "no item '7'"),
+        (["candidates=[yolo11n]"], "candidates holds 'yolo11n'"),
+        (["candidates.0.epochz=3"], "has unknown keys: epochz"),
+        (["candidates=[{1: 2, model: yolo11n}]"], "has unknown keys: 1"),
+        (["candidates.0.epochs=0"], "option epochs is 0"),
+        (["target=kserv:haechi-serving/safety"], "target 'kserv:haechi-serving/safety' cannot be read"),
+        (["target=kserve:haechi-serving"], "cannot be read. Use .*'kserve:<namespace>/<name>'"),
+        (["target=/srv/models"], "target '/srv/models' cannot be read"),
+        (["target=git:https://me:secret@git.example.org/m.git#main:a.yaml"], "holds credentials"),
+        (["rollout.bakee=10"], "rollout has no key 'bakee'"),
+        (["rollout.bake=-1"], "rollout.bake is -1"),
     ],
 )
 def test_a_wrong_word_is_refused_and_named(pairs: list[str], named: str) -> None:

@@ -436,6 +436,12 @@ def test_a_wait_that_is_over_names_the_run_that_goes_on(api: KfpStandIn) -> None
         watch(server, run.id, [], timeout=0.03, every=0.01)
 
 
+@pytest.mark.parametrize("word", ["target=kserve:haechi-serving", "rollout.bakee=10", "candidates=[{modle: yolo11n}]"])
+def test_what_a_later_step_would_refuse_is_refused_before_anything_is_asked(word: str, api: KfpStandIn) -> None:
+    assert main(["submit", "--host", api.host, "--set", word]) == 2
+    assert api.requests == []
+
+
 @pytest.mark.parametrize("words", [["--wait", "--every", "6h"], ["--pin"], ["--timeout", "60"]])
 def test_words_that_do_not_go_together_are_refused(words: list[str], api: KfpStandIn) -> None:
     assert main(["submit", "--host", api.host, *words]) == 2
