@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from haechi.components.shared.errors import InputError, SettingsError
 
-__all__ = ["AUDIENCE", "KubeflowSettings"]
+__all__ = ["AUDIENCE", "KubeflowSettings", "check_header"]
 
 AUDIENCE = "pipelines.kubeflow.org"
 _TOKEN = re.compile(r"ey[\w-]+\.[\w-]+\.[\w-]+")  # a JSON Web Token
@@ -56,8 +56,8 @@ class KubeflowSettings:
                 raise InputError(f"{option} is no file but looks like a token", "Write it to a file and name that.")
             if path and not (os.access(path, os.R_OK) and Path(path).is_file()):
                 raise InputError(f"{option} {path} cannot be read", "Name a readable file.")
-        _check_header("KF_PIPELINES_COOKIE", self.cookie)
-        _check_header("KF_PIPELINES_TOKEN", self.token)
+        check_header("KF_PIPELINES_COOKIE", self.cookie)
+        check_header("KF_PIPELINES_TOKEN", self.token)
 
     @classmethod
     def from_env(
@@ -103,14 +103,22 @@ class KubeflowSettings:
             return self.token
         try:
             token = Path(self.token_file).read_text(encoding="utf-8").strip()
-            _check_header(f"--token-file {self.token_file}", token)
+            check_header(f"--token-file {self.token_file}", token)
             return token
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--token-file {self.token_file} cannot be read ({error})", "Write it again.") from error
 
 
-def _check_header(source: str, value: str) -> None:
-    """Refuse what cannot go into a header, without telling it: the HTTP client's own error would."""
+def check_header(source: str, value: str) -> None:
+    """Refuse what cannot go into a header, without telling it: the HTTP client's own error would.
+
+    Args:
+        source: the option or variable that holds it.
+        value: a token or a cookie.
+
+    Raises:
+        InputError: it holds more than one line, or other than ASCII.
+    """
     if not (value.isascii() and value.isprintable()):
         raise InputError(f"{source} holds more than one line, or other than ASCII", "Give one token and nothing else.")
 

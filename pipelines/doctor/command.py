@@ -10,6 +10,8 @@ from pathlib import Path
 
 from haechi.components.shared.errors import InputError
 
+from ..kubeflow_settings import check_header
+
 __all__ = ["add_arguments", "run"]
 
 
@@ -26,9 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kubeconfig", default="", help="kubeconfig (default: KUBECONFIG, ~/.kube/config, or the pod's)"
     )
     parser.add_argument("--context", default="", help="context of the kubeconfig (default: its current one)")
-    parser.add_argument("--namespace", default="kubeflow", help="namespace of the runs (default %(default)s)")
-    parser.add_argument("--serving", default="haechi-serving", help="namespace of the detectors (default %(default)s)")
-    parser.add_argument("--service-account", default="pipeline-runner", help="that steps run as (default %(default)s)")
+    # Without defaults, to tell what was asked for from what is usual.
+    parser.add_argument("--namespace", help="namespace of the runs (default kubeflow)")
+    parser.add_argument("--serving", help="namespace of the detectors (default haechi-serving)")
+    parser.add_argument("--service-account", help="that steps run as (default pipeline-runner)")
     parser.add_argument("--host", default="", help="URL of the Kubeflow Pipelines API (default: KF_PIPELINES_ENDPOINT)")
     parser.add_argument("--token-file", default="", help="file with a bearer token for it")
     parser.add_argument("--ca-file", default="", help="certificates that its own is checked against")
@@ -54,9 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
     logging.getLogger("urllib3").setLevel(logging.CRITICAL)
     aim = Aim(
         workdir=arguments.workdir,
-        namespace=arguments.namespace,
-        serving=arguments.serving,
-        service_account=arguments.service_account,
+        namespace=arguments.namespace or Aim.namespace,
+        serving=arguments.serving or Aim.serving,
+        service_account=arguments.service_account or Aim.service_account,
+        asked=_asked(arguments),
         kubeconfig=arguments.kubeconfig,
         context=arguments.context,
         local=arguments.local,
@@ -77,6 +81,12 @@ def run(arguments: argparse.Namespace) -> int:
     return diagnosis.exit_code
 
 
+def _asked(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The options given that name parts of a cluster."""
+    names = ("namespace", "serving", "service_account")
+    return tuple(f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name))
+
+
 def _token(path: Path | None) -> str:
     if path is None:
         return ""
@@ -86,9 +96,5 @@ def _token(path: Path | None) -> str:
         raise InputError(
             f"--label-studio-token-file {path} cannot be read ({error})", "Name a readable file."
         ) from error
-    if not (token.isascii() and token.isprintable()):  # as no header may be; the token is not told
-        raise InputError(
-            f"--label-studio-token-file {path} holds more than one line, or other than ASCII",
-            "Write one token into it and nothing else.",
-        )
+    check_header(f"--label-studio-token-file {path}", token)
     return token

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +13,15 @@ from haechi.components.shared.kubernetes_caller import connect as connect_to_clu
 
 from .findings import CannotLook
 
-__all__ = ["Cluster", "connect"]
+__all__ = ["BOUND", "Cluster", "connect"]
 
 _TIMEOUT = (3, 10)  # seconds to connect, and to wait for an answer
 _PAGE, _PAGES = 500, 20
+_USUAL = "~/.kube/config"
+_ANOTHER = "Correct it, name another with --kubeconfig and --context, or give --local."
+# What option `operators` (manifests/components/operators) binds by itself.
+BOUND = ("kubeflow", "haechi-serving", "mlflow", "kserve")
+_ROLES = {"secrets": "haechi-view-keys", "services": "haechi-view-parts", "endpointslices": "haechi-view-parts"}
 
 
 class Cluster:
@@ -143,11 +149,24 @@ class Cluster:
                 f"{self.server} does not accept our credentials", "Renew the kubeconfig's token, or log in again."
             )
         if error.status == 403:
-            return CannotLook(
-                error.message,
-                "kubectl create clusterrolebinding doctor --clusterrole=view --user=<you>   # or ask who may look",
-            )
+            return CannotLook(error.message, _role(path))
         return CannotLook(f"{self.server} answered {error.status} to {path}: {error.message}", "Try again later.")
+
+
+def _role(path: str) -> str:
+    """What lets a person see what is at a path: option `operators`, or its role where that binds none."""
+    found = re.search(r"/namespaces/([^/?]+)(?:/([a-z]+))?", path)
+    kind = (found and found[2]) or ""
+    if found is None or found[1] in BOUND:
+        group = "haechi-operators" if kind == "secrets" else "haechi-viewers"
+        return (
+            f"components: [../../components/operators] in your overlay, and join its group {group} (docs/manifests.md)"
+        )
+    role = _ROLES.get(kind, "haechi-view")
+    return (
+        f"kubectl -n {found[1]} create rolebinding {role} --clusterrole={role} --user=<you>   "
+        "# of option operators, docs/manifests.md"
+    )
 
 
 def connect(kubeconfig: str = "", context: str = "") -> Cluster | None:
@@ -160,11 +179,15 @@ def connect(kubeconfig: str = "", context: str = "") -> Cluster | None:
     Raises:
         CannotLook: the kubeconfig is named or present, and cannot be used.
     """
+    from kubernetes.config import kube_config
+
     try:
         # As many connections as there are checks.
         caller = connect_to_cluster(_TIMEOUT, kubeconfig, context, retries=0, connections=32)
     except Unusable as error:
+        raise CannotLook(str(error), _ANOTHER) from error
+    if caller is None and kube_config.KUBE_CONFIG_DEFAULT_LOCATION not in ("", _USUAL):
         raise CannotLook(
-            str(error), "Correct it, name another with --kubeconfig and --context, or give --local."
-        ) from error
+            f"KUBECONFIG is {kube_config.KUBE_CONFIG_DEFAULT_LOCATION}, and there is no such file", _ANOTHER
+        )
     return Cluster(caller) if caller else None

@@ -1,10 +1,12 @@
-"""A diagnosis for people and for programs; neither ever shows a secret."""
+"""A diagnosis for people and for programs; neither ever shows a secret, or steers a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
+
+from haechi.components.shared.errors import printable
 
 from .examine import Diagnosis, Result
 
@@ -48,7 +50,7 @@ def as_lines(diagnosis: Diagnosis, redact: Callable[[str], str]) -> list[str]:
     where = f"cluster {diagnosis.cluster}" if diagnosis.cluster else "no cluster was looked at"
     faults = sum(len(result.findings) for result in diagnosis.results)
     lines += ["", f"{faults} found, {sum(map(len, unseen.values()))} checks could not look, {len(well)} well; {where}"]
-    return [redact(line) for line in lines]
+    return [printable(redact(line)) for line in lines]
 
 
 def _row(check: str, width: int, parts: Iterable[tuple[str, str]]) -> list[str]:
@@ -78,7 +80,7 @@ def _grouped(pairs: Iterable[tuple[str, Any]]) -> dict[Any, list[str]]:
 
 def _redacted(value: Any, redact: Callable[[str], str]) -> Any:
     if isinstance(value, str):
-        return redact(value)
+        return printable(redact(value))
     if isinstance(value, dict):
         return {key: _redacted(part, redact) for key, part in value.items()}
     return [_redacted(part, redact) for part in value] if isinstance(value, list) else value

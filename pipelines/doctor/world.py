@@ -32,6 +32,7 @@ class Aim:
         service_account: that step pods run as.
         kubeconfig, context: which cluster; empty for the usual ones.
         local: look at no cluster.
+        asked: options that were given and want a cluster, so that none is no health.
         host: URL of the Kubeflow Pipelines API; empty for what the environment names.
         token_file, ca_file: for it, as `haechi submit` takes them.
         label_studio: URL; empty for none.
@@ -46,6 +47,7 @@ class Aim:
     kubeconfig: str = ""
     context: str = ""
     local: bool = False
+    asked: tuple[str, ...] = ()
     host: str = ""
     token_file: str = ""
     ca_file: str = ""
@@ -142,14 +144,32 @@ class World:
 
         Raises:
             NotAsked: none is named.
-            CannotLook: the kubeconfig cannot be used.
+            CannotLook: the kubeconfig cannot be used, or an option wants a cluster and there is none.
         """
         found = self._connection
         if isinstance(found, CannotLook):
             raise CannotLook(found.problem, found.remedy)
+        if found is None and self.aim.local:
+            raise NotAsked("--local was given")
+        if found is None and self._asked:
+            raise CannotLook(
+                f"{', '.join(self._asked)} wants a cluster, and there is no kubeconfig and no service account",
+                "Name one with --kubeconfig or KUBECONFIG, or give --local.",
+            )
         if found is None:
-            raise NotAsked("--local was given" if self.aim.local else "there is no kubeconfig and no service account")
+            raise NotAsked("there is no kubeconfig and no service account")
         return found
+
+    @cached_property
+    def _asked(self) -> tuple[str, ...]:
+        """The options that want a cluster; the profile of Kubeflow Pipelines wants none."""
+        try:
+            _ = self.kubeflow
+        except NotAsked:
+            return self.aim.asked
+        except CannotLook:
+            pass  # check `pipelines-api` tells
+        return tuple(option for option in self.aim.asked if option != "--namespace")
 
     @property
     def server(self) -> str:

@@ -40,6 +40,7 @@ from haechi.pipelines.doctor.cluster import RIGHTS
 from haechi.pipelines.doctor.examine import Diagnosis, examine
 from haechi.pipelines.doctor.findings import CannotLook, Finding, NotAsked
 from haechi.pipelines.doctor.kubeflow import EFFECTS, steps_of_ours
+from haechi.pipelines.doctor.kubernetes_api import BOUND, connect
 from haechi.pipelines.doctor.report import as_json, as_lines
 from haechi.pipelines.doctor.web import fetch
 from haechi.pipelines.doctor.world import Aim, World
@@ -640,6 +641,14 @@ def test_a_password_in_mlflows_uri_is_told_by_nobody(capsys: pytest.CaptureFixtu
     assert "of-the-test" not in out + "".join(traceback.format_exception(caught.value))
 
 
+def test_what_steers_a_terminal_is_told_and_not_done() -> None:
+    told = Finding("pod waits: \x1b[2J\x9b31m\u202e", "a\tb", "mend")
+    diagnosis = examine(World(Aim(local=True), {}), checks=_checks(sick=lambda _: [told]))
+    shown = "\n".join(as_lines(diagnosis, str)) + json.dumps(as_json(diagnosis, str), ensure_ascii=False)
+    assert shown.isprintable() or set(filter(lambda char: not char.isprintable(), shown)) <= {"\n", "\t"}
+    assert "\\x1b[2J\\x9b31m\\u202e" in shown
+
+
 def test_a_secret_of_several_lines_is_hidden_where_its_text_is_quoted() -> None:
     world = World(Aim(local=True, label_studio_token="first-line-1\nsecond-line-2"), {})
     assert world.redact("Invalid header value b'Token first-line-1\\nsecond-line-2'") == (
@@ -729,6 +738,72 @@ def test_a_kubeconfig_that_is_broken_is_told_and_not_taken_for_none(
     path.write_text("clusters: [")
     assert main(["doctor", "--kubeconfig", str(path)]) == 2
     assert "cannot be used" in capsys.readouterr().out
+
+
+def test_a_named_kubeconfig_that_is_missing_is_no_health(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = str(tmp_path / "none")
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", missing)
+    assert main(["doctor", "--workdir", str(tmp_path)]) == 2
+    assert f"KUBECONFIG is {missing}, and there is no such file" in capsys.readouterr().out
+    assert main(["doctor", "--local", "--workdir", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ([], 0),
+        (["--namespace", "team-a"], 2),
+        (["--serving", "haechi-serving"], 2),
+        (["--service-account", "default-editor"], 2),
+        (["--namespace", "team-a", "--local"], 0),
+        (["--namespace", "team-a", "--host", "{host}"], 0),
+    ],
+)
+def test_an_option_that_wants_a_cluster_is_not_answered_by_health_without_one(
+    serve: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    code: int,
+) -> None:
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", "")
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", GOOD)
+    host = serve(pipelines()) if "{host}" in words else ""
+    words = [word.format(host=host) for word in words]
+    assert main(["doctor", "--workdir", str(tmp_path), *words]) == code
+    assert (f"{words[0] if words else ''} wants a cluster" in capsys.readouterr().out) is (code == 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("/api/v1/nodes", "join its group haechi-viewers"),
+        ("/api/v1/namespaces/kubeflow/pods?limit=500", "join its group haechi-viewers"),
+        ("/api/v1/namespaces/kubeflow/secrets/haechi-s3", "join its group haechi-operators"),
+        ("/api/v1/namespaces/team-a", "kubectl -n team-a create rolebinding haechi-view --clusterrole=haechi-view --"),
+        ("/api/v1/namespaces/minio/services/minio", "-n minio create rolebinding haechi-view-parts --"),
+        ("/api/v1/namespaces/team-a/secrets/haechi-s3", "--clusterrole=haechi-view-keys --user"),
+    ],
+)
+def test_a_refusal_names_the_role_of_option_operators_that_lets_us_look(
+    serve: Callable[..., str], tmp_path: Path, path: str, remedy: str
+) -> None:
+    bare = path.partition("?")[0]
+    host = serve({"/version": (200, {"gitVersion": "v1.34.0"}), bare: (403, {"message": "no"})})
+    cluster = connect(_kubeconfig(tmp_path / "config", host, token="of-the-test"))
+    assert cluster is not None
+    with pytest.raises(CannotLook) as caught:
+        cluster.collection(bare) if "?" in path else cluster.get(path)
+    assert remedy in caught.value.remedy
+    assert "../../components/operators" in caught.value.remedy or "option operators" in caught.value.remedy
+
+
+def test_the_namespaces_that_the_refusal_takes_for_bound_are_those_of_option_operators() -> None:
+    files = (ROOT / "manifests" / "components" / "operators").glob("rolebinding-*.yaml")
+    assert {yaml.safe_load(path.read_text())["metadata"]["namespace"] for path in files} == set(BOUND)
 
 
 # the documentation ------------------------------------------------------------------------------------------------
