@@ -82,12 +82,13 @@ def watch(
                 return Ended(_decision(run), round(time.monotonic() - start, 1))
             if run.state in _BAD:
                 raise RunFailed(*_failure(api, run, steps))
-        if timeout and time.monotonic() - start > timeout:
+        left = timeout - (time.monotonic() - start) if timeout else every
+        if left <= 0:
             raise RunFailed(
                 f"the run {run_id} has not ended after {timeout:.0f} s",
                 f"It goes on: {api.link(f'runs/details/{run_id}')}",
             )
-        time.sleep(every)
+        time.sleep(min(every, left))  # so that the last look is at the end of the time
 
 
 def _tasks(run: Any) -> list[Any]:

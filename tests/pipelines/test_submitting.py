@@ -436,6 +436,16 @@ def test_a_wait_that_is_over_names_the_run_that_goes_on(api: KfpStandIn) -> None
         watch(server, run.id, [], timeout=0.03, every=0.01)
 
 
+def test_a_wait_that_is_shorter_than_the_pause_between_two_looks_ends_in_time(api: KfpStandIn) -> None:
+    api.progress = [states("RUNNING"), states("SUCCEEDED", deploy="SUCCEEDED")]
+    server, start = connect(api), time.monotonic()
+    assert watch(server, submit_training(server, {}).id, [], timeout=0.2, every=3).decision == "promote"
+    api.progress = [states("RUNNING")]
+    with pytest.raises(RunFailed, match="has not ended"):
+        watch(server, submit_training(server, {}).id, [], timeout=0.2, every=3)
+    assert time.monotonic() - start < 3
+
+
 @pytest.mark.parametrize("word", ["target=kserve:haechi-serving", "rollout.bakee=10", "candidates=[{modle: yolo11n}]"])
 def test_what_a_later_step_would_refuse_is_refused_before_anything_is_asked(word: str, api: KfpStandIn) -> None:
     assert main(["submit", "--host", api.host, "--set", word]) == 2
