@@ -88,7 +88,8 @@ class Lease:
         if not expired:
             raise Busy(
                 f"{other} is deploying to {self._api.namespace}/{self._api.name} since {_text(found, 'acquireTime')}",
-                f"Run again when that has ended; a lease of a killed one expires after {self._seconds:.0f} s.",
+                f"Run again when that has ended; a lease of a killed one expires after {self._seconds:.0f} s. "
+                "A person may take it from a living one: `haechi promote` or `haechi rollback` with --take-over.",
             )
 
     def __exit__(

@@ -38,7 +38,7 @@ def until(is_so: Callable[[], object], seconds: float = 5) -> None:
 def test_work_that_takes_longer_than_the_term_keeps_the_lease(api: InferenceServiceApi) -> None:
     with Lease(api, "run 1", 1):
         time.sleep(1.8)
-        with pytest.raises(Busy, match="run 1 is deploying"):
+        with pytest.raises(Busy, match=r"run 1 is deploying.*`haechi promote` or `haechi rollback` with --take-over"):
             Lease(api, "run 2", 1).__enter__()
         writes = int((api.lease("haechi-entrance") or {})["metadata"]["resourceVersion"])
         assert writes >= 4, "whoever watches does so for 0.4 of a term"
