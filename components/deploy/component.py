@@ -26,7 +26,7 @@ def deploy(
         report: the evaluation's page.
         name: registered model's name.
         champion: version that the model was compared with, or empty; refused if the champion changed since.
-        target: `none`, `dir:/abs/path` or `kserve:<namespace>/<name>`.
+        target: `none`, `dir:/abs/path`, `kserve:<namespace>/<name>` or `git:<repository>#<branch>:<path>`.
         run_id: the pipeline run's id.
         deployed: folder with `deployed.json`.
         rollout: steps and limits of a rollout on KServe that differ from the defaults.

@@ -72,7 +72,7 @@ def deploy(
         report: the evaluation's HTML page.
         name: registered model's name.
         champion: the version that the challenger was compared with, or empty.
-        target: `none`, `dir:/abs/path` or `kserve:<namespace>/<name>`.
+        target: `none`, `dir:/abs/path`, `kserve:<namespace>/<name>` or `git:<repository>#<branch>:<path>`.
         run_id: the pipeline run's id, or empty.
         out: folder for `deployed.json`.
         settings: the object store and MLflow.

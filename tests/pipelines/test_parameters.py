@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from haechi.components.deploy.target import Target
 from haechi.components.shared.errors import InputError
 from haechi.pipelines.parameters import PARAMETERS, load_preset, preset_names, run_parameters
 
@@ -18,6 +20,16 @@ KINDS = {"STRING": str, "LIST": list, "STRUCT": dict, "NUMBER_INTEGER": int, "NU
 def test_the_parameter_list_is_the_pipelines_own() -> None:
     root = next(yaml.safe_load_all(COMPILED.read_text()))["root"]["inputDefinitions"]["parameters"]
     assert {name: KINDS[entry["parameterType"]] for name, entry in root.items()} == PARAMETERS
+
+
+def test_the_pipeline_tells_every_form_of_a_target() -> None:
+    with pytest.raises(InputError) as caught:
+        Target.parse("anything")
+    forms = re.findall(r"'(\w+)", caught.value.remedy)
+    components = next(yaml.safe_load_all(COMPILED.read_text()))["components"]
+    told = components["comp-deploy"]["inputDefinitions"]["parameters"]["target"]["description"]
+    assert len(forms) == 4
+    assert re.findall(r"`(\w+)", told) == forms
 
 
 @pytest.mark.parametrize("name", ["entrance", "safety"])
