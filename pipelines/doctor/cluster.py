@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,7 +14,16 @@ from .findings import CannotLook, Finding, each
 from .web import resolves
 from .world import World
 
-__all__ = ["RIGHTS", "cluster_answers", "namespaces", "pod_settings", "rights", "services_in_cluster", "step_settings"]
+__all__ = [
+    "RIGHTS",
+    "cluster_answers",
+    "namespaces",
+    "pod_settings",
+    "rights",
+    "services_in_cluster",
+    "step_settings",
+    "whole",
+]
 
 # What deploy does in the namespace that serves; manifests/base/serving/role.yaml grants it (a test compares).
 RIGHTS: tuple[tuple[str, str, str], ...] = (
@@ -24,6 +34,10 @@ RIGHTS: tuple[tuple[str, str, str], ...] = (
     *(("coordination.k8s.io", "leases", verb) for verb in ("get", "create", "update")),
     ("apps", "deployments", "get"),
     *(("", "pods", verb) for verb in ("get", "list")),
+)
+# The base names its namespace in every object; an overlay names the same.
+_SERVING = (
+    "kubectl kustomize manifests/base/serving | sed 's/haechi-serving$/{name}/' | kubectl apply --server-side -f -"
 )
 _KFP = "ml-pipeline"
 _RECONCILER = "haechi-reconciler"
@@ -53,9 +67,7 @@ def namespaces(world: World) -> list[Finding]:
         if world.cluster.get(f"/api/v1/namespaces/{name}") is not None:
             return []
         serves = name == world.aim.serving
-        fix = (
-            "kubectl apply --server-side -k manifests/overlays/local" if serves else f"kubectl create namespace {name}"
-        )
+        fix = _SERVING.format(name=name) if serves else f"kubectl create namespace {name}"
         flag = "--serving" if serves else "--namespace"
         return [Finding(f"namespace {name} does not exist", f"it was never made, or {flag} names another", fix)]
 
@@ -73,7 +85,8 @@ def step_settings(world: World) -> list[Finding]:
             Finding(
                 f"ConfigMap {aim.namespace}/{aim.config_map} does not exist",
                 cause,
-                "kubectl apply --server-side -k manifests/base/pipeline",
+                f"kubectl -n {aim.namespace} apply --server-side -f manifests/base/pipeline/configmap.yaml   "
+                "# then correct the addresses in it",
             )
         )
     else:
@@ -163,14 +176,31 @@ def _step_keys(namespace: str, name: str, keys: dict[str, str] | None) -> list[F
     )
     if keys is None:
         return [Finding(f"{where} does not exist", "step pods wait in CreateContainerConfigError without it", make)]
-    missing = [key for key in ("access_key", "secret_key") if not keys.get(key)]
+    return whole(where, keys, ("access_key", "secret_key"), "step pods read", make)
+
+
+def whole(where: str, data: Mapping[str, str], wanted: Sequence[str], who: str, fix: str) -> list[Finding]:
+    """A pair of keys in a Secret: both there, neither empty, and without blanks around them.
+
+    Args:
+        where: the Secret, in words.
+        data: its own, decoded.
+        wanted: names of the keys.
+        who: reads them, with the verb.
+        fix: makes the Secret anew.
+    """
+    missing = [key for key in wanted if key not in data]
     if missing:
-        cause = f"it holds {', '.join(sorted(keys)) or 'nothing'}; step pods read access_key and secret_key"
-        return [Finding(f"{where} has no {' and no '.join(missing)}", cause, make)]
-    padded = [key for key in ("access_key", "secret_key") if keys[key] != keys[key].strip()]
+        cause = f"it holds {', '.join(sorted(data)) or 'nothing'}; {who} {' and '.join(wanted)}"
+        return [Finding(f"{where} has no {' and no '.join(missing)}", cause, fix)]
+    empty = [key for key in wanted if not data[key].strip()]
+    if empty:
+        cause = "it has no value, as where an .env file was not filled in"
+        return [Finding(f"{where}: {' and '.join(empty)} is empty", cause, fix)]
+    padded = [key for key in wanted if data[key] != data[key].strip()]
     if padded:
         cause = "the value ends in a line break or a space, as `echo` without -n writes it, and no store accepts it"
-        return [Finding(f"{where}: {' and '.join(padded)} has blanks around it", cause, make)]
+        return [Finding(f"{where}: {' and '.join(padded)} has blanks around it", cause, fix)]
     return []
 
 

@@ -13,8 +13,8 @@ _LOGIN = (
     "kubectl -n {namespace} patch serviceaccount {account} "
     """-p '{{"imagePullSecrets": [{{"name": "registry"}}]}}'"""
 )
-# Words (of the reason, or of the message in lower case) → cause, fix. The first that is found counts: a runtime puts the
-# special before the general, as in `no match for platform in manifest: not found`.
+# Words (of the reason, `ours` or `theirs` for the image, or of the message in lower case) → cause, fix. The first that is
+# found counts: a runtime puts the special before the general, as in `no match for platform in manifest: not found`.
 _CAUSES: tuple[tuple[str, str, str], ...] = (
     ("^InvalidImageName", "{image!r} is no image name", "{override}"),
     (
@@ -44,6 +44,12 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
         '/etc/containerd/certs.d/REGISTRY/hosts.toml with server = "http://REGISTRY"',
     ),
     (
+        r"^\S+ ours [\s\S]*(unauthorized|denied|authentication required|not found|(manifest|name) unknown)",
+        "our images are in no registry until you push them there, and not under this name",
+        "make images   # then: kind load docker-image {image}\n"
+        "make images REGISTRY=… TAG=…   # then push them; {override}",
+    ),
+    (
         "unauthorized|denied|authentication required|no basic auth|forbidden",
         "the registry wants credentials that the pod has not, or there is no such repository",
         _LOGIN,
@@ -65,6 +71,8 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
     ),
     ("", "the node gives no reason that we know", "kubectl -n {namespace} describe pod {pod}"),
 )
+# The names that pipeline and manifests begin with, without a registry: kubelet then asks docker.io.
+_OURS = re.compile(r"(docker\.io/)?haechi/")
 
 
 def why_not_pulled(pod: dict[str, Any], image: str, reason: str, said: str) -> tuple[str, str]:
@@ -76,10 +84,11 @@ def why_not_pulled(pod: dict[str, Any], image: str, reason: str, said: str) -> t
         reason: one of PULL_REASONS.
         said: the message beside it.
     """
-    words = f"{reason} {said.lower()}"
+    ours = bool(_OURS.match(image))
+    words = f"{reason} {'ours' if ours else 'theirs'} {said.lower()}"
     cause, fix = next((cause, fix) for pattern, cause, fix in _CAUSES if re.search(pattern, words))
     place = {
-        "image": image,
+        "image": image.removeprefix("docker.io/") if ours else image,
         "namespace": pod["metadata"]["namespace"],
         "pod": pod["metadata"]["name"],
         "account": pod["spec"].get("serviceAccountName", "default"),

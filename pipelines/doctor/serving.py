@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from .findings import CannotLook, Finding, each_object
-from .world import World
+from .world import Aim, World
 
 __all__ = ["canary_mode", "kserve_installed", "model_load", "runtime"]
 
@@ -50,7 +50,7 @@ def runtime(world: World) -> list[Finding]:
             Finding(
                 f"namespace {world.aim.serving} has no runtime for format {_FORMAT}",
                 "ServingRuntime haechi-yolo was not applied there; KServe would refuse what deploy applies",
-                f"kubectl -n {world.aim.serving} apply --server-side -k manifests/base/serving",
+                _own_runtime(world.aim.serving),
             )
         )
     if unseen is not None and not _supporting(known, _FORMAT):
@@ -185,7 +185,7 @@ def _runtime(service: dict[str, Any], known: list[dict[str, Any]], all_seen: boo
     if not model:
         return []
     namespace = service["metadata"]["namespace"]
-    own = f"kubectl -n {namespace} apply --server-side -k manifests/base/serving"
+    own = _own_runtime(namespace)
     if named:
         return _named_runtime(service, model, known, own) if all_seen or _by_name(known, named) else []
     automatic = [item for item in known if _automatic(item, wanted)]
@@ -201,6 +201,16 @@ def _runtime(service: dict[str, Any], known: list[dict[str, Any]], all_seen: boo
     refused = "; ".join(f"{item['metadata']['name']} {_unsuited(item, model)}" for item in automatic)
     cause = refused or f"no runtime in {namespace} or in the cluster selects itself for format {wanted!r}"
     return [Finding(f"{_name(service)} finds no runtime", cause, own)]
+
+
+def _own_runtime(namespace: str) -> str:
+    """How our runtime comes into a namespace, and the settings that it starts with into one that is not ours."""
+    files = "manifests/base/serving"
+    settings = (
+        f"kubectl -n {namespace} create -f {files}/configmap.yaml || true   # if there is none; correct its addresses"
+    )
+    runtime = f"kubectl -n {namespace} apply --server-side -f {files}/servingruntime.yaml   # its image as your overlay has it"
+    return runtime if namespace == Aim.serving else f"{settings}\n{runtime}"
 
 
 def _named_runtime(

@@ -13,7 +13,7 @@ from haechi.components.shared.errors import SettingsError, StorageError
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
 
-from .cluster import pod_settings
+from .cluster import pod_settings, whole
 from .findings import CannotLook, Finding, NotAsked, each
 from .web import Unreached, fetch, resolves
 from .world import World
@@ -104,10 +104,11 @@ def _kserve_secret(
     namespace = world.aim.serving
     data = world.secret(namespace, name)
     if found is None or data is None:
-        cause, fix = f"ServiceAccount {account} lists it", "kubectl apply -k manifests/examples/secrets"
-        return [Finding(f"Secret {namespace}/{name} does not exist", cause, fix)]
+        cause = f"ServiceAccount {account} lists it"
+        return [Finding(f"Secret {namespace}/{name} does not exist", cause, _make(world, name))]
     annotations = found["metadata"].get("annotations") or {}
-    wrong = _attached(namespace, account, name, attached) + _whole(namespace, name, data)
+    wrong = _attached(namespace, account, name, attached)
+    wrong += whole(f"Secret {namespace}/{name}", data, _AWS, "KServe reads", _make(world, name))
     wrong += _annotations(namespace, name, annotations) or _protocol(world, name, annotations)
     return wrong or _with_kserve_keys(world, namespace, name, data, annotations)
 
@@ -186,17 +187,17 @@ def _attached(namespace: str, account: str, name: str, attached: list[str]) -> l
     ]
 
 
-def _whole(namespace: str, name: str, data: dict[str, str]) -> list[Finding]:
-    where, fix = f"Secret {namespace}/{name}", "kubectl apply -k manifests/examples/secrets   # from s3.env"
-    missing = [key for key in _AWS if not data.get(key)]
-    if missing:
-        cause = f"it holds {', '.join(sorted(data)) or 'nothing'}; KServe reads {' and '.join(_AWS)}"
-        return [Finding(f"{where} has no {' and no '.join(missing)}", cause, fix)]
-    padded = [key for key in _AWS if data[key] != data[key].strip()]
-    if padded:
-        cause = "the value ends in a line break or a space, and no store accepts it"
-        return [Finding(f"{where}: {' and '.join(padded)} has blanks around it", cause, fix)]
-    return []
+def _make(world: World, name: str) -> str:
+    """How KServe's Secret is made anew, telling where the store is as the settings of detectors do."""
+    namespace = world.aim.serving
+    url = (world.config(namespace, "haechi-serving-settings") or {}).get("HAECHI_S3_ENDPOINT", "")
+    scheme, _, host = url.rstrip("/").partition("://")
+    return (
+        f"kubectl -n {namespace} create secret generic {name} --dry-run=client -o yaml "
+        f"{' '.join(f'--from-literal={key}=…' for key in _AWS)} | kubectl apply -f -\n"
+        f"kubectl -n {namespace} annotate secret {name} --overwrite {_ANNOTATION}s3-endpoint={host or '…'} "
+        f"{_ANNOTATION}s3-usehttps={int(scheme == 'https')}"
+    )
 
 
 def _annotations(namespace: str, name: str, annotations: dict[str, str]) -> list[Finding]:

@@ -11,7 +11,9 @@ import base64
 import copy
 import dataclasses
 import json
+import os
 import shlex
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ from haechi.components.shared.storage import Store
 from haechi.pipelines.cli import main
 from haechi.pipelines.doctor.checks import CHECKS
 from haechi.pipelines.doctor.examine import Diagnosis, Result, examine
+from haechi.pipelines.doctor.pulling import why_not_pulled
 from haechi.pipelines.doctor.report import as_lines
 from haechi.pipelines.doctor.scheduling import why_pending
 from haechi.pipelines.doctor.world import Aim, World
@@ -215,6 +218,16 @@ def only(diagnosis: Diagnosis, check: str) -> Any:
     assert [name for name, _ in found] == [check], [(name, finding.symptom) for name, finding in found]
     assert diagnosis.exit_code == 1
     return found[0][1]
+
+
+def mend(place: Place, fix: str, **keys: str) -> None:
+    """Do what a fix says, in the repository as a person would, with the keys in it filled in."""
+    for key, value in keys.items():
+        assert f"{key}=…" in fix, fix
+        fix = fix.replace(f"{key}=…", f"{key}={value}")
+    env = {"PATH": os.environ["PATH"], "HOME": str(place.server.workdir), "KUBECONFIG": str(place.server.kubeconfig())}
+    done = subprocess.run(["bash", "-eo", "pipefail", "-c", fix], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{fix}\n{done.stderr}"
 
 
 def test_a_healthy_cluster_gives_no_finding_and_everything_is_looked_at(place: Place) -> None:
@@ -410,10 +423,10 @@ def test_training_with_little_shared_memory_is_found(place: Place, change: dict[
         (
             "ImagePullBackOff",
             "failed to resolve reference: haechi/train:0.1.0: not found",
-            "no such repository",
-            "push",
+            "not under this name",
+            "then push",
         ),
-        ("ErrImagePull", "pull access denied, unauthorized: authentication required", "credentials", "docker-registry"),
+        ("ErrImagePull", "unauthorized: authentication required", "not under this name", "kind load"),
         ("ErrImagePull", "tls: failed to verify certificate: x509: unknown authority", "certificate", "CA"),
         ("ErrImagePull", "dial tcp: lookup registry.example.com: no such host", "does not reach", "train_image="),
         ("ErrImageNeverPull", "Container image is not present with pull policy of Never", "no such image", "kind load"),
@@ -440,6 +453,35 @@ def test_an_image_that_cannot_be_pulled_is_told_with_the_reason(
     finding = only(place.examine(), "image-pull")
     assert cause in finding.cause
     assert fix in finding.fix
+
+
+DENIED = "failed to pull: pull access denied, repository does not exist or may require authorization"
+
+
+@pytest.mark.parametrize(
+    ("image", "said", "cause", "fix"),
+    [
+        ("haechi/steps:0.1.0", DENIED, "not under this name", "kind load docker-image haechi/steps:0.1.0"),
+        ("docker.io/haechi/train:0.1.0", DENIED, "not under this name", "kind load docker-image haechi/train:0.1.0"),
+        (
+            "haechi/serving:0.1.0",
+            "haechi/serving:0.1.0: not found",
+            "not under this name",
+            "newName: REGISTRY/haechi/s",
+        ),
+        ("registry.example.com/haechi/steps:r7", DENIED, "wants credentials", "docker-registry"),
+        ("registry.example.com/haechi/steps:r7", "not found", "no such repository or tag", "make images"),
+        ("postgres:17", DENIED, "wants credentials", "docker-registry"),
+    ],
+)
+def test_an_image_that_nobody_pushed_is_told_from_one_that_wants_credentials(
+    image: str, said: str, cause: str, fix: str
+) -> None:
+    labels = {"serving.kserve.io/inferenceservice": "a"} if "serving" in image else {}
+    pod = {"metadata": {"namespace": "runs", "name": "a", "labels": labels}, "spec": {}}
+    told = why_not_pulled(pod, image, "ErrImagePull", said)
+    assert cause in told[0]
+    assert fix in told[1]
 
 
 def test_pods_that_pod_security_refuses_are_found_where_no_pod_is(place: Place) -> None:
@@ -640,7 +682,17 @@ def test_a_missing_runtime_is_found(place: Place) -> None:
     place.isvc("entrance", {}, {})
     finding = only(place.examine(), "runtime")
     assert "selects itself for format 'yolo-onnx'" in finding.cause
-    assert "kubectl" in finding.fix
+    mend(place, finding.fix)
+    assert place.examine().exit_code == 0
+
+
+def test_a_namespace_without_a_runtime_is_mended_there(place: Place) -> None:
+    path = f"/apis/serving.kserve.io/v1alpha1/namespaces/{place.serving}/servingruntimes/haechi-yolo"
+    assert place.server.request("DELETE", path).status == 200
+    finding = only(place.examine(), "runtime")
+    assert "has no runtime for format yolo-onnx" in finding.symptom
+    mend(place, finding.fix)
+    assert place.examine().exit_code == 0
 
 
 ONNX = {"modelFormat": {"name": "onnx"}, "storageUri": "s3://haechi/models/a/1"}
@@ -759,9 +811,19 @@ def test_the_steps_own_account_may_ask_about_itself(place: Place) -> None:
 
 
 def test_a_namespace_that_does_not_exist_is_found(place: Place) -> None:
-    diagnosis = place.examine(serving="nowhere")
-    [finding] = _findings(diagnosis, "namespaces")
-    assert "namespace nowhere does not exist" in finding.symptom
+    name = f"nowhere-{uuid.uuid4().hex[:8]}"
+    [finding] = _findings(place.examine(serving=name), "namespaces")
+    assert f"namespace {name} does not exist" in finding.symptom
+    mend(place, finding.fix)
+    diagnosis = place.examine(serving=name)
+    assert not _findings(diagnosis, "namespaces") + _findings(diagnosis, "runtime")
+
+
+def test_the_steps_settings_are_mended_in_the_namespace_that_lacks_them(place: Place) -> None:
+    path = f"/api/v1/namespaces/{place.runs}/configmaps/haechi-settings"
+    assert place.server.request("DELETE", path).status == 200
+    mend(place, _findings(place.examine(), "step-settings")[0].fix)
+    assert not _findings(place.examine(), "step-settings")
 
 
 @pytest.mark.parametrize(
@@ -857,6 +919,10 @@ def test_an_endpoint_with_a_scheme_for_kserve_is_found(place: Place) -> None:
     [
         ({"access_key": "a", "secret_key": "b"}, "has no AWS_ACCESS_KEY_ID and no AWS_SECRET_ACCESS_KEY"),
         ({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b "}, "AWS_SECRET_ACCESS_KEY has blanks around it"),
+        (
+            {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""},
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY is empty",
+        ),
         (None, "does not exist"),
     ],
 )
@@ -865,7 +931,19 @@ def test_kserves_secret_that_is_not_whole_is_found(place: Place, keys: dict[str,
     assert place.server.request("DELETE", path).status == 200
     if keys:
         place.secret(place.serving, "haechi-s3", **keys)
-    assert symptom in only(place.examine(), "kserve-keys").symptom
+    finding = only(place.examine(), "kserve-keys")
+    assert symptom in finding.symptom
+    right = {"AWS_ACCESS_KEY_ID": place.settings.s3_access_key, "AWS_SECRET_ACCESS_KEY": place.settings.s3_secret_key}
+    mend(place, finding.fix, **right)
+    assert place.examine().exit_code == 0
+
+
+def test_an_empty_key_of_the_steps_is_told_as_empty(place: Place) -> None:
+    place.secret(place.runs, "haechi-s3", access_key="", secret_key=place.settings.s3_secret_key)
+    finding = only(place.examine(), "step-settings")
+    assert finding.symptom == f"Secret {place.runs}/haechi-s3: access_key is empty"
+    mend(place, finding.fix, access_key=place.settings.s3_access_key, secret_key=place.settings.s3_secret_key)
+    assert place.examine().exit_code == 0
 
 
 def test_a_service_account_that_does_not_list_the_keys_is_found(place: Place) -> None:
