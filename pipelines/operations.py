@@ -23,6 +23,7 @@ from haechi.components.deploy.target import Target
 from haechi.components.shared.errors import InputError, SettingsError
 from haechi.components.shared.files import check_name
 from haechi.components.shared.settings import Settings
+from haechi.components.shared.storage import Store
 from haechi.components.shared.tracking import RegisteredVersion, Tracker
 
 from .services import services
@@ -256,6 +257,7 @@ def _look(settings: Settings, name: str) -> tuple[Tracker, str]:
 def _bring(
     bringer: Bringer, tracker: Tracker, name: str, wanted: RegisteredVersion, former: str, take_over: bool
 ) -> None:
+    Store(bringer.settings).check()
     evidence = {"Ordered-by": bringer.owner}
     bringer.bring(
         name, wanted, then=lambda: crown(tracker, name, wanted, former), evidence=evidence, take_over=take_over

@@ -297,7 +297,9 @@ def _fetch_from_store(store: Store | None, uri: str, cache: Path) -> Path:
         except (ModelError, IntegrityError):
             pass  # not fetched yet, or damaged on this disk: fetch it (again)
         if not source.exists(f"{prefix}/model.json"):
-            raise ModelError(f"{uri} is not a model folder: it has no model.json", "Check the name and the version.")
+            raise ModelError(
+                f"{uri} is not a model folder: it has no model.json", "Check the bucket, name and version."
+            )
         with atomic_folder(target) as partial:
             source.get_folder(f"{prefix}/", partial)
             try:

@@ -24,6 +24,7 @@ from haechi.components.shared.errors import (
     IntegrityError,
     ModelError,
     SettingsError,
+    StorageError,
 )
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.settings import Settings
@@ -202,6 +203,21 @@ def test_what_cannot_be_promoted_leaves_target_and_alias(
     assert world.at() == ("first", "second")
     world.promote("third")
     assert world.at() == ("third", "third")
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [(False, r"bucket 'other-.*' does not exist.*HAECHI_BUCKET"), (True, "s3://other-.* is not .*Check the bucket")],
+)
+def test_a_wrong_bucket_is_what_promote_tells_of(world: World, made: bool, told: str) -> None:
+    right = world.settings
+    world.settings = replace(right, bucket=f"other-{uuid.uuid4().hex[:8]}")
+    if made:
+        Store(world.settings).ensure_bucket()
+    with pytest.raises((StorageError, ModelError), match=told):
+        world.promote("second")
+    world.settings = right
+    assert world.at() == ("first", "first")
 
 
 @pytest.mark.parametrize(
