@@ -102,4 +102,5 @@ def test_under_load_memory_is_flat_after_the_warm_up(server: Running) -> None:
     # The median hardly moves: 10 kB left behind by each request would be 10 MiB within the shortest run.
     assert memory[1] < memory[0] + 3, memory
     assert max(row[1] for row in second) <= max(row[1] for row in first) + 5
-    assert max(row[2] for row in second) <= max(row[2] for row in first) + 2
+    # grpc's core makes threads while a busy machine lets its work pile up; one left by each hundredth request would be 40.
+    assert max(row[2] for row in second) <= max(row[2] for row in first) + 10
