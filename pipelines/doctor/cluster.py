@@ -18,8 +18,10 @@ __all__ = [
     "RIGHTS",
     "cluster_answers",
     "namespaces",
+    "place_of",
     "pod_settings",
     "rights",
+    "service_answers",
     "services_in_cluster",
     "step_settings",
     "whole",
@@ -133,6 +135,25 @@ def _rights_of(world: World, name: str) -> list[Finding]:
 def services_in_cluster(world: World) -> list[Finding]:
     """The Services that settings name: there, on that port, with a ready pod behind them."""
     return each(_addresses(world), lambda address: _service(world, address))
+
+
+def place_of(url: str, namespace: str) -> tuple[str, ...]:
+    """What a URL names from inside a namespace: a Service and its port, else a host; equal for one place in two spellings."""
+    address = _parse(url, namespace, "")
+    return (address.name, address.namespace, str(address.port)) if address else (urlsplit(url).netloc,)
+
+
+def service_answers(world: World, url: str, namespace: str, source: str) -> list[Finding]:
+    """The Service that a URL names, if it names one: there, on that port, with a ready pod behind it.
+
+    Args:
+        world: what to look at.
+        url: as it is written in `namespace`.
+        namespace: of who asks.
+        source: where the URL is set, in words.
+    """
+    address = _parse(url, namespace, source)
+    return _service(world, address) if address else []
 
 
 def pod_settings(world: World) -> Settings:

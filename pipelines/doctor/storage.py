@@ -13,7 +13,7 @@ from haechi.components.shared.errors import SettingsError, StorageError
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
 
-from .cluster import pod_settings, whole
+from .cluster import place_of, pod_settings, service_answers, whole
 from .findings import CannotLook, Finding, NotAsked, each
 from .web import Unreached, fetch, resolves
 from .world import World
@@ -110,15 +110,14 @@ def _kserve_secret(
     wrong = _attached(namespace, account, name, attached)
     wrong += whole(f"Secret {namespace}/{name}", data, _AWS, "KServe reads", _make(world, name))
     wrong += _annotations(namespace, name, annotations) or _protocol(world, name, annotations)
-    return wrong or _with_kserve_keys(world, namespace, name, data, annotations)
+    return wrong or _elsewhere(world, name, annotations) or _with_kserve_keys(world, namespace, name, data, annotations)
 
 
 def _protocol(world: World, name: str, annotations: dict[str, str]) -> list[Finding]:
     """KServe asks the store by the protocol by which steps ask the same host: seen also from where it has no address."""
-    namespace, aim = world.aim.serving, world.aim
+    namespace = world.aim.serving
     host, scheme = annotations.get(f"{_ANNOTATION}s3-endpoint"), _scheme(annotations)
-    for place, config in ((namespace, "haechi-serving-settings"), (aim.namespace, aim.config_map)):
-        url = (world.config(place, config) or {}).get("HAECHI_S3_ENDPOINT", "")
+    for place, config, url in _endpoints(world):
         other, _, at = url.rstrip("/").partition("://")
         if host and at == host and other != scheme:
             fix = (
@@ -133,6 +132,48 @@ def _protocol(world: World, name: str, annotations: dict[str, str]) -> list[Find
     return []
 
 
+def _elsewhere(world: World, name: str, annotations: dict[str, str]) -> list[Finding]:
+    """KServe asks a store that the settings name, or one that has an address here, or a Service that is there.
+
+    Raises:
+        CannotLook: it asks another Service, of which our way to the settings' store proves nothing.
+    """
+    namespace, url, named = world.aim.serving, _kserve_url(annotations), _endpoints(world)
+    same = any(place_of(url, namespace) == place_of(other, where) for where, _, other in named)
+    if not named or same or resolves(url):
+        return []
+    where, config, other = named[0]
+    told = f"HAECHI_S3_ENDPOINT of ConfigMap {where}/{config} is {other}"
+    fix = f"{_annotate(namespace, name, other)}   # if the ConfigMap is right"
+    source = f"{_ANNOTATION}s3-endpoint of Secret {namespace}/{name}"
+    found = service_answers(world, url, namespace, source)
+    if found:
+        return [replace(item, cause=f"{item.cause}; {told}", fix=f"{fix}\n{item.fix}") for item in found]
+    raise CannotLook(f"{source} is {url}, {told}: whether they are one store was not tried", fix)
+
+
+def _endpoints(world: World) -> list[tuple[str, str, str]]:
+    """Namespace, ConfigMap and URL where settings in the cluster say where the store is."""
+    aim = world.aim
+    places = ((aim.serving, "haechi-serving-settings"), (aim.namespace, aim.config_map))
+    named = [
+        (place, config, (world.config(place, config) or {}).get("HAECHI_S3_ENDPOINT", "")) for place, config in places
+    ]
+    return [entry for entry in named if entry[2]]
+
+
+def _annotate(namespace: str, name: str, url: str) -> str:
+    scheme, _, host = url.rstrip("/").partition("://")
+    return (
+        f"kubectl -n {namespace} annotate secret {name} --overwrite {_ANNOTATION}s3-endpoint={host or '…'} "
+        f"{_ANNOTATION}s3-usehttps={int(scheme == 'https')}"
+    )
+
+
+def _kserve_url(annotations: dict[str, str]) -> str:
+    return f"{_scheme(annotations)}://{annotations.get(f'{_ANNOTATION}s3-endpoint') or 's3.amazonaws.com'}"
+
+
 def _scheme(annotations: dict[str, str]) -> str:
     return "http" if annotations.get(f"{_ANNOTATION}s3-usehttps") == "0" else "https"
 
@@ -141,9 +182,8 @@ def _with_kserve_keys(
     world: World, namespace: str, name: str, data: dict[str, str], annotations: dict[str, str]
 ) -> list[Finding]:
     serving = world.config(namespace, "haechi-serving-settings") or {}
-    host = annotations.get(f"{_ANNOTATION}s3-endpoint") or "s3.amazonaws.com"
     wanted = Settings(
-        s3_endpoint=f"{_scheme(annotations)}://{host}",
+        s3_endpoint=_kserve_url(annotations),
         s3_access_key=data[_AWS[0]],
         s3_secret_key=data[_AWS[1]],
         s3_region=annotations.get(f"{_ANNOTATION}s3-region", "us-east-1"),
@@ -191,12 +231,9 @@ def _make(world: World, name: str) -> str:
     """How KServe's Secret is made anew, telling where the store is as the settings of detectors do."""
     namespace = world.aim.serving
     url = (world.config(namespace, "haechi-serving-settings") or {}).get("HAECHI_S3_ENDPOINT", "")
-    scheme, _, host = url.rstrip("/").partition("://")
     return (
         f"kubectl -n {namespace} create secret generic {name} --dry-run=client -o yaml "
-        f"{' '.join(f'--from-literal={key}=…' for key in _AWS)} | kubectl apply -f -\n"
-        f"kubectl -n {namespace} annotate secret {name} --overwrite {_ANNOTATION}s3-endpoint={host or '…'} "
-        f"{_ANNOTATION}s3-usehttps={int(scheme == 'https')}"
+        f"{' '.join(f'--from-literal={key}=…' for key in _AWS)} | kubectl apply -f -\n{_annotate(namespace, name, url)}"
     )
 
 
@@ -204,14 +241,9 @@ def _annotations(namespace: str, name: str, annotations: dict[str, str]) -> list
     endpoint = annotations.get(f"{_ANNOTATION}s3-endpoint", "")
     if "://" not in endpoint:
         return []
-    scheme, _, host = endpoint.partition("://")
+    cause = "KServe puts the scheme before it by itself, from s3-usehttps"
     return [
-        Finding(
-            f"Secret {namespace}/{name} names the store as {endpoint}",
-            "KServe puts the scheme before it by itself, from s3-usehttps",
-            f"kubectl -n {namespace} annotate secret {name} --overwrite {_ANNOTATION}s3-endpoint={host.rstrip('/')} "
-            f"{_ANNOTATION}s3-usehttps={int(scheme == 'https')}",
-        )
+        Finding(f"Secret {namespace}/{name} names the store as {endpoint}", cause, _annotate(namespace, name, endpoint))
     ]
 
 

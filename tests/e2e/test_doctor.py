@@ -975,10 +975,27 @@ def test_a_protocol_other_than_the_steps_is_found_from_where_the_store_has_no_ad
     finding = only(place.examine(env=place.settings.to_env()), "kserve-keys")
     assert f"asks {host} by https" in finding.cause
     assert "s3-usehttps=0" in finding.fix
-    # Another host, such as a gateway before the same store, has a protocol of its own.
-    note["metadata"]["annotations"]["serving.kserve.io/s3-endpoint"] = "gateway.invalid:9000"
-    place.patch(f"/api/v1/namespaces/{place.serving}/secrets/haechi-s3", note)
-    assert place.examine(env=place.settings.to_env() | {"MLFLOW_TRACKING_URI": ""}).exit_code == 0
+
+
+def test_a_store_of_kserves_that_is_not_the_settings_is_not_judged_by_the_way_to_theirs(place: Place) -> None:
+    env = place.settings.to_env() | {"MLFLOW_TRACKING_URI": ""}
+    service(place.server, place.runs, "minio", 9000)
+    for namespace, name in ((place.runs, "haechi-settings"), (place.serving, "haechi-serving-settings")):
+        path = f"/api/v1/namespaces/{namespace}/configmaps/{name}"
+        place.patch(path, {"data": {"HAECHI_S3_ENDPOINT": f"http://minio.{place.runs}:9000"}})
+    place.kserve_secret(f"minio.{place.runs}.svc.cluster.local:9000")
+    assert place.examine(env=env).exit_code == 0
+    place.kserve_secret(f"gateway.{place.runs}:9000")
+    finding = only(place.examine(env=env), "kserve-keys")
+    assert f"Service {place.runs}/gateway does not exist" in finding.symptom
+    assert f"ConfigMap {place.serving}/haechi-serving-settings is http://minio.{place.runs}:9000" in finding.cause
+    # A gateway before the same store, or another store: that shows in the cluster only.
+    service(place.server, place.runs, "gateway", 9000)
+    diagnosis = place.examine(env=env)
+    assert "whether they are one store was not tried" in _result(diagnosis, "kserve-keys").unseen
+    assert diagnosis.exit_code == 2
+    mend(place, finding.fix.splitlines()[0])
+    assert place.examine(env=env).exit_code == 0
 
 
 def test_the_way_to_mlflow_that_the_environment_names_is_taken_with_the_steps_credentials(
