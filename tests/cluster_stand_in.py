@@ -35,7 +35,7 @@ class ClusterStandIn:
     Attributes:
         namespaces: those that exist.
         kserve: whether the kind InferenceService is known.
-        refuse: verb → (status, message), to refuse a verb.
+        refuse: verb → (status, message), to refuse a verb; `GET namespace` is a look at a namespace alone.
         delay: polls after an apply until the "controller" writes the status.
         outcomes: storageUri → transitionStatus that its rollout ends in; `UpToDate` where not named.
         objects: (namespace, name) → object.
@@ -97,6 +97,12 @@ class ClusterStandIn:
         if verb in self.refuse:
             status, message = self.refuse[verb]
             return status, _status(message)
+        if parts.path.startswith("/api/v1/namespaces/") and parts.path.count("/") == 4:
+            name = parts.path.rpartition("/")[2]
+            if "GET namespace" in self.refuse:
+                status, message = self.refuse["GET namespace"]
+                return status, _status(message)
+            return (200, {}) if name in self.namespaces else (404, _status(f'namespaces "{name}" not found'))
         if parts.path.startswith("/apis/apps/v1/"):
             return 404, _status('deployments.apps "entrance-predictor" not found')
         if parts.path.startswith("/api/v1/namespaces/kserve/configmaps/"):

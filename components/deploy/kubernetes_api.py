@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from haechi.components.shared.errors import DeployError
@@ -65,6 +66,12 @@ class InferenceServiceApi:
     def get(self) -> dict[str, Any] | None:
         """The object as it is now, or None where it does not exist."""
         return self._request("GET", absent=True)
+
+    def check_namespace(self) -> None:
+        """Raise a DeployError where the namespace does not exist; one that we may not look at counts as there."""
+        path = f"/api/v1/namespaces/{self.namespace}"
+        with suppress(Forbidden):
+            self._request("GET", path=path)
 
     def apply(self, manifest: dict[str, Any], dry_run: bool = False) -> dict[str, Any]:
         """Server-side apply as MANAGER, without force: another owner's field is not taken silently.

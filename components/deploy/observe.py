@@ -67,6 +67,7 @@ def _service(api: InferenceServiceApi) -> Served:
     found = api.get()
     holder = holder_of(api.lease(lease_name(api.name)))
     if found is None:
+        api.check_namespace()
         return Served(ready=False, waits="there is no such InferenceService", holder=holder)
     state, seen = RolloutState.of(found), look(found, "", api.deployment)
     named, canary, traffic = storage_uri(found), "", 0

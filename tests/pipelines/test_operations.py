@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster_stand_in import ClusterStandIn
 from tiny_models import tiny_model_folder
 
 from haechi.components.deploy.publish import model_prefix, publish
@@ -335,6 +336,26 @@ def test_the_verbs_work_on_a_workdir_of_one_machine(
             assert (found.s3_endpoint, found.mlflow_tracking_uri) == (*CLUSTER.values(),), "the environment goes first"
     finally:
         down(workdir)
+
+
+def test_the_status_of_a_namespace_that_is_not_there_is_an_error(
+    settings: Settings, mlflow_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    settings = replace(settings, mlflow_tracking_uri=mlflow_uri)
+
+    def waits(namespace: str) -> str:
+        found = operations.status(settings, "safety", Target("kserve", namespace=namespace, name="safety"))
+        return str(found["served"]["waits"])
+
+    with ClusterStandIn(["models"]) as cluster:
+        path = str(cluster.write_kubeconfig(tmp_path / "kubeconfig"))
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", path)
+        assert waits("models") == "there is no such InferenceService"
+        with pytest.raises(DeployError, match="namespace 'model' does not exist"):
+            waits("model")
+        cluster.refuse["GET namespace"] = (403, 'namespaces "model" is forbidden: User "one" cannot get resource')
+        assert waits("model") == "there is no such InferenceService", "nobody may tell"
 
 
 CLUSTER = {"HAECHI_S3_ENDPOINT": "http://127.0.0.1:9", "MLFLOW_TRACKING_URI": "http://127.0.0.1:7"}
