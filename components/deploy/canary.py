@@ -17,16 +17,20 @@ from haechi.components.shared.model_folder import read_golden
 from haechi.components.shared.progress import say
 
 from .endpoint import Unanswered, disagreement
-from .inference_service import TakenOver, wait
+from .inference_service import TakenOver, explained, wait
 from .job import Job
 from .lease import LeaseLost
 from .readiness import Look
 from .rollout_state import RolloutState, now
 from .traffic import Measured, Pods, Prometheus, Source, judge
 
-__all__ = ["Way", "finish", "walk"]
+__all__ = ["NotSplit", "Way", "finish", "walk"]
 
 _MOST_IMAGES = 8
+
+
+class NotSplit(DeployError):
+    """KServe made the canary, and its route never learns of it."""
 
 
 class Way(Protocol):
@@ -37,12 +41,14 @@ class Way(Protocol):
         services: the canary's and the stable predictor's Service.
         pods: the names of their Deployments, for Prometheus.
         steps: percents that this mode can give.
+        drains: promoting takes the former predictor away at once, so no traffic may go to it any more.
     """
 
     strategy: str
     services: tuple[str, str]
     pods: tuple[str, str]
     steps: tuple[int, ...]
+    drains: bool
 
     def at(self, traffic: int) -> dict[str, Any]:
         """The service with the canary at a share of traffic."""
@@ -76,6 +82,7 @@ def walk(job: Job, way: Way, state: RolloutState) -> None:
 
     Raises:
         LeaseLost, TakenOver: somebody else is at it now; the service is theirs.
+        NotSplit: no traffic can reach the canary here, which is right; the former model has all of it.
         DeployError: why not; the former model has all traffic again.
     """
     with _withdrawn_if_worse(job, way, state):
@@ -83,6 +90,8 @@ def walk(job: Job, way: Way, state: RolloutState) -> None:
         # Where a killed step had come further than these steps go, its share was not watched to the end.
         for traffic in [step for step in way.steps if step >= state.traffic] or [state.traffic][: len(way.steps)]:
             _give(job, way, state, traffic)
+        if way.drains:
+            _route(job, way, state, 100)
         _promote(job, way, state)
 
 
@@ -106,9 +115,11 @@ def _withdrawn_if_worse(job: Job, way: Way, state: RolloutState) -> Iterator[Non
         yield
     except (LeaseLost, TakenOver):
         raise
-    except DeployError as error:
-        raise DeployError(f"{error.problem}. {_back(job, way, state, error.problem)}", error.remedy) from error
-    except KeyboardInterrupt:  # nobody would watch it any more
+    except Exception as error:
+        told = explained(error)
+        kind = NotSplit if isinstance(error, NotSplit) else DeployError
+        raise kind(f"{told.problem}. {_back(job, way, state, told.problem)}", told.remedy) from error
+    except (KeyboardInterrupt, SystemExit):  # nobody would watch it any more
         say(_back(job, way, state, "it was interrupted by a person"))
         raise
 
@@ -123,16 +134,40 @@ def _prove(job: Job, way: Way, state: RolloutState) -> None:
     wait(job.api, job.patience, way.look, f"canary {job.model.version}", job.lease.renew)
     found = job.ask(way.services[0])
     say(f"the canary gives the golden boxes: {found.boxes} on {found.images} images")
+    if not state.traffic:
+        _must_be_split(job, way)
+
+
+def _must_be_split(job: Job, way: Way) -> None:
+    """Raise where the route does not even name the canary: KServe 0.20.0 makes canaries, and splits nothing."""
+    # KServe writes the route before it says that the canary is ready.
+    patience = replace(job.patience, timeout=max(job.patience.blocked, 3 * job.patience.poll))
+    try:
+        wait(job.api, patience, lambda found: way.routed(found, 0), "0 % of traffic", job.lease.renew)
+    except (LeaseLost, TakenOver):
+        raise
+    except DeployError as error:
+        if not _still_there(job, way).ready:
+            raise
+        raise NotSplit(
+            f"KServe made the canary, and traffic does not follow it: {error.problem}",
+            "Take a KServe that splits it (docs/deploying.md), or set rollout.strategy to 'auto', 'shadow' or 'rolling'.",
+        ) from error
 
 
 def _give(job: Job, way: Way, state: RolloutState, traffic: int) -> None:
     """Give the canary a share of traffic, and watch."""
-    job.apply(way.at(traffic), replace(state, traffic=traffic, since=now()))
+    _route(job, way, state, traffic)
     say(f"the canary gets {traffic} % of the traffic for {job.rollout.bake:.0f} s")
-    wait(job.api, job.patience, lambda found: way.routed(found, traffic), f"{traffic} % of traffic", job.lease.renew)
     reason = _bake(job, way)
     if reason:
         raise DeployError(f"at {traffic} % of traffic: {reason}", "Look at the canary's log and metrics of that time.")
+
+
+def _route(job: Job, way: Way, state: RolloutState, traffic: int) -> None:
+    """Give the canary a share of traffic; nothing changes where it has that already."""
+    job.apply(way.at(traffic), replace(state, traffic=traffic, since=now()))
+    wait(job.api, job.patience, lambda found: way.routed(found, traffic), f"{traffic} % of traffic", job.lease.renew)
 
 
 def _bake(job: Job, way: Way) -> str:
@@ -215,6 +250,6 @@ def _back(job: Job, way: Way, state: RolloutState, reason: str) -> str:
         way.withdraw(replace(state, phase="failed", traffic=0, since=now(), reason=reason))
     except (LeaseLost, TakenOver) as error:
         return f"Not all is as it was: {error.problem}"
-    except DeployError as error:
-        return f"Withdrawing it failed too: {error.problem}; the next run does that first"
+    except Exception as error:
+        return f"Withdrawing it failed too: {explained(error).problem}; the next run does that first"
     return f"{state.former} has all traffic again"

@@ -31,6 +31,7 @@ class KnativeCanary:
     """
 
     strategy = "canary-knative"
+    drains = False
 
     def __init__(self, job: Job, found: dict[str, Any], state: RolloutState) -> None:
         self._job, self._state = job, state

@@ -35,6 +35,7 @@ class StandardCanary:
     """
 
     strategy = "canary"
+    drains = True  # KServe deletes the former Deployment and Service before it moves the route
 
     def __init__(self, job: Job, found: dict[str, Any], state: RolloutState) -> None:
         self._job, self._found, self._state = job, found, state
@@ -49,9 +50,9 @@ class StandardCanary:
         body = ours(self._found)
         body["metadata"]["annotations"][MODE] = "Standard"
         stable = int(self._found["spec"]["predictor"].get("minReplicas") or 1)
-        served = deepcopy(self._job.wanted()["spec"]["predictor"]["model"])
+        canary = {**deepcopy(self._job.wanted()["spec"]["predictor"]), "name": self._name}
         # The schema wants the container's name here; an empty one is what KServe fills in.
-        canary = {"name": self._name, "model": served | {"name": ""}, "enableServiceLinks": False}
+        canary["model"]["name"] = ""
         # Without a number of its own a canary has no pod at 0 %, and is never ready.
         canary["minReplicas"] = min(stable, max(1, math.ceil(stable * traffic / 100)))
         body["spec"]["canary"] = [{"trafficPercent": traffic, "predictor": canary}]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from haechi.components.shared.errors import DeployError
+from haechi.components.shared.errors import DeployError, HaechiError
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.progress import say
 
@@ -28,18 +28,26 @@ __all__ = [
     "Patience",
     "TakenOver",
     "bare",
+    "explained",
     "manifest",
     "ours",
     "persist",
     "refuse_canary",
     "roll_out",
     "wait",
+    "worn",
 ]
 
 PREVIOUS = "haechi.io/previous-storage-uri"  # lets a repeated step, killed while it waited, still go back
 MODE = "serving.kserve.io/deploymentMode"
 TAG_ROUTING = "serving.kserve.io/enable-tag-routing"
-_OUR_LABELS = "app.kubernetes.io/"
+_OUR_LABELS, _OUR_NOTES = "app.kubernetes.io/", "haechi.io/"
+_DIGESTS = tuple(f"haechi.io/{name}" for name in ("onnx-sha256", "checkpoint-sha256", "dataset-digest", "run-id"))
+# KServe writes the service's labels and annotations on every pod, stable and canary, and a changed template replaces
+# them all. A predictor's own win over those, so each has its own: what its pods are then follows from the model alone.
+# Not empty: KServe takes an empty one of a canary for none, and gives it the stable predictor's.
+_ELSEWHERE = "see-the-inferenceservice"
+_ON_PODS = dict.fromkeys((STATE, PREVIOUS, *_DIGESTS), _ELSEWHERE)
 _LABEL_LENGTH = 63
 
 _Result = TypeVar("_Result")
@@ -79,12 +87,8 @@ def manifest(namespace: str, name: str, model: ModelFolder, storage_uri: str) ->
         storage_uri: `s3://<bucket>/models/<name>/<version>`, without a slash at the end.
     """
     body = bare(namespace, name, model.name, model.version, storage_uri)
-    body["metadata"]["annotations"] = {
-        "haechi.io/onnx-sha256": model.onnx_sha256,
-        "haechi.io/checkpoint-sha256": model.checkpoint_sha256,
-        "haechi.io/dataset-digest": model.dataset_digest,
-        "haechi.io/run-id": model.run_id,
-    }
+    digests = (model.onnx_sha256, model.checkpoint_sha256, model.dataset_digest, model.run_id)
+    body["metadata"]["annotations"] = dict(zip(_DIGESTS, digests, strict=True))
     return body
 
 
@@ -108,11 +112,26 @@ def ours(found: dict[str, Any]) -> dict[str, Any]:
             "annotations": {
                 key: value
                 for key, value in notes.items()
-                if (key.startswith("haechi.io/") and key != STATE) or key in (MODE, TAG_ROUTING)
+                if (key.startswith(_OUR_NOTES) and key != STATE) or key in (MODE, TAG_ROUTING)
             },
         },
-        "spec": {"predictor": {"model": served, **links, **_own_name(predictor)}},
+        "spec": {"predictor": {"model": served, **links, **_own_name(predictor), **worn(found)}},
     }
+
+
+def worn(found: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The labels and annotations of ours that the stable pods have: kept as the predictor's own, no pod is replaced.
+
+    Where the predictor has none of its own (people or a former version made it), they are the service's. Only a service
+    without any rollout yet has its pods replaced once, with the first annotation that it gets.
+    """
+    both = (found["metadata"], found["spec"]["predictor"])
+    kept: dict[str, dict[str, str]] = {}
+    for field, mark in (("labels", _OUR_LABELS), ("annotations", _OUR_NOTES)):
+        entries = [item for part in both for item in (part.get(field) or {}).items()]
+        kept[field] = {key: value for key, value in entries if key.startswith(mark)}
+    kept["annotations"].setdefault(STATE, _ELSEWHERE)
+    return kept
 
 
 def roll_out(
@@ -197,7 +216,14 @@ def bare(namespace: str, name: str, model: str, version: str, storage_uri: str) 
         "kind": "InferenceService",
         "metadata": {"name": name, "namespace": namespace, "labels": labels},
         # Kubernetes would put the address of every Service of the namespace into the runtime's environment.
-        "spec": {"predictor": {"model": served, "enableServiceLinks": False}},
+        "spec": {
+            "predictor": {
+                "model": served,
+                "enableServiceLinks": False,
+                "labels": dict(labels),
+                "annotations": dict(_ON_PODS),
+            }
+        },
     }
 
 
@@ -206,6 +232,15 @@ def _previous_uri(before: dict[str, Any] | None, wanted: str) -> str:
     if before is None or current != wanted:
         return current
     return str((before["metadata"].get("annotations") or {}).get(PREVIOUS, ""))
+
+
+def explained(error: Exception) -> DeployError:
+    """Any error as one that has a remedy; what nobody thought of must not keep a model in service either."""
+    if isinstance(error, HaechiError):
+        return DeployError(error.problem, error.remedy)
+    return DeployError(
+        f"deploy itself failed: {type(error).__name__}: {error}", "Please report it, with the log of this step."
+    )
 
 
 def refuse_canary(api: InferenceServiceApi, before: dict[str, Any] | None) -> None:

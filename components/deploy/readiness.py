@@ -2,7 +2,8 @@
 
 In mode Standard the status cannot tell: its `observedGeneration` is that of the predictor's Deployment, which drifts
 from the InferenceService's with every canary and every scaled replica, and `Ready` and `modelStatus` speak for the old
-pods until a failing rollout meets its deadline. There we look at the Deployment itself. In mode Knative the revisions
+pods until a failing rollout meets its deadline. There we look at the Deployment itself, canary or stable, which also
+says where a quota or Pod Security refuses its pods. In mode Knative the revisions
 tell.
 """
 
@@ -17,6 +18,7 @@ __all__ = ["Look", "latest_revision", "look", "look_at_canary", "predictor_name"
 _SOURCE = "internal.serving.kserve.io/storage-initializer-sourceuri"  # KServe's note on the pods of what they load
 _UNSEEN = "KServe's controller has not looked at it yet"
 _BLOCKED = ("BlockedByFailedLoad", "InvalidSpec")
+_GIVEN_UP = (("Progressing", "ProgressDeadlineExceeded"), ("ReplicaFailure", "FailedCreate"))
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,20 @@ def look(found: dict[str, Any], stale: str, deployment: Callable[[str], dict[str
     mode = status.get("deploymentMode")
     if not mode:
         return Look(reason=_UNSEEN)
+    refused = ""
     if mode in ("Standard", "RawDeployment"):
         own = str(found["spec"]["predictor"].get("name") or "")
-        waits = _waits_for_pods(deployment(predictor_name(found["metadata"]["name"], own)), storage_uri(found))
+        pods_of = deployment(predictor_name(found["metadata"]["name"], own))
+        waits, refused = _waits_for_pods(pods_of, storage_uri(found)), _refused(pods_of)
     else:
         waits = _waits_for_revision(status, stale)
     if waits == _UNSEEN:
         return Look(reason=_UNSEEN)
     transition = str((status.get("modelStatus") or {}).get("transitionStatus") or "")
     ready = not waits and _condition(status, "Ready").get("status") == "True" and transition in ("", "UpToDate")
-    gave_up = _condition(status, "PredictorReady").get("reason") == "ProgressDeadlineExceeded"
-    return Look(ready, transition in _BLOCKED or gave_up, "; ".join(filter(None, [waits, *_complaints(status)])))
+    gave_up = refused or _condition(status, "PredictorReady").get("reason") == "ProgressDeadlineExceeded"
+    reasons = dict.fromkeys(filter(None, [waits, refused, *_complaints(status)]))
+    return Look(ready, transition in _BLOCKED or bool(gave_up), "; ".join(reasons))
 
 
 def look_at_canary(
@@ -73,14 +78,20 @@ def look_at_canary(
     waits = _waits_for_pods(deployment, uri)
     told: dict[str, Any] = next((item for item in status.get("canaryStatuses") or [] if item.get("name") == name), {})
     trouble, stuck = _trouble(pods)
-    late = any(
-        item.get("type") == "Progressing" and item.get("reason") == "ProgressDeadlineExceeded"
-        for item in ((deployment or {}).get("status") or {}).get("conditions") or []
+    refused = _refused(deployment)
+    waits_for = waits or ("" if told.get("ready") else "KServe does not call it ready")
+    reason = "; ".join(filter(None, [waits_for, trouble, refused]))
+    return Look(not waits and bool(told.get("ready")), stuck or bool(refused), reason)
+
+
+def _refused(deployment: dict[str, Any] | None) -> str:
+    """Why a Deployment gets no further, in Kubernetes' words; empty where it may yet."""
+    status = (deployment or {}).get("status") or {}
+    return "; ".join(
+        str(item.get("message") or item["reason"])
+        for item in status.get("conditions") or []
+        if (item.get("type"), item.get("reason")) in _GIVEN_UP
     )
-    reason = "; ".join(
-        filter(None, [waits or "" if told.get("ready") else waits or "KServe does not call it ready", trouble])
-    )
-    return Look(not waits and bool(told.get("ready")), stuck or late, reason)
 
 
 def _trouble(pods: list[dict[str, Any]]) -> tuple[str, bool]:

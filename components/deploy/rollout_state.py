@@ -1,6 +1,7 @@
 """How far a rollout has come, kept on the InferenceService itself, so that whoever comes next knows.
 
-It is an annotation of the same apply that changes the spec: the two can never tell different things.
+It is an annotation of the same apply that changes the spec: the two can never tell different things. That KServe writes it
+on no pod is up to inference_service.py.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class RolloutState:
         owner: who does it.
         since: when this phase, or this share of traffic, began; ISO 8601, UTC.
         reason: of a failure, for a person.
+        unsplit: since when it is known that KServe's route follows no canary here; empty where nobody saw that.
     """
 
     phase: str = ""
@@ -47,6 +49,7 @@ class RolloutState:
     owner: str = ""
     since: str = ""
     reason: str = ""
+    unsplit: str = ""
 
     @classmethod
     def of(cls, found: dict[str, Any] | None) -> RolloutState:

@@ -91,7 +91,8 @@ def _twin(job: Job) -> InferenceServiceApi:
 def _body(job: Job, found: dict[str, Any], name: str) -> dict[str, Any]:
     body, wanted = ours(found), job.wanted()
     predictor = {key: deepcopy(value) for key, value in found["spec"]["predictor"].items() if key not in _SCALING}
-    predictor["model"] = {**predictor.get("model", {}), **wanted["spec"]["predictor"]["model"]}
+    for field in ("model", "labels", "annotations"):
+        predictor[field] = {**(predictor.get(field) or {}), **wanted["spec"]["predictor"][field]}
     # Without users: no host name is made for it.
     labels = {**wanted["metadata"]["labels"], "networking.kserve.io/visibility": "cluster-local"}
     owner = {"apiVersion": body["apiVersion"], "kind": body["kind"], "name": job.api.name}

@@ -39,7 +39,7 @@ def choose(job: Job, found: dict[str, Any], state: RolloutState) -> Choice:
     Args:
         job: the model and the service.
         found: the service.
-        state: names the model that comes and the one that goes.
+        state: names the model that comes and the one that goes, and what is known of former canaries.
 
     Raises:
         DeployRefused: `rollout.strategy` is `canary`, and the cluster cannot split traffic.
@@ -59,6 +59,9 @@ def choose(job: Job, found: dict[str, Any], state: RolloutState) -> Choice:
         return Choice("shadow")
     if mode == "Knative":
         return Choice("canary-knative")
+    if wanted == "auto" and state.unsplit:
+        why = f"KServe's route followed no canary at {state.unsplit}; rollout.strategy=canary tries again"
+        return Choice("shadow", why)
     why = _why_not(job, found, state, mode, config)
     if why and wanted == "canary":
         raise DeployRefused(

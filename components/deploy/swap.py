@@ -8,15 +8,25 @@ from typing import Any
 from haechi.components.shared.errors import DeployError
 from haechi.components.shared.progress import say
 
-from .canary import Way, finish, walk
+from .canary import NotSplit, Way, finish, walk
 from .canary_knative import KnativeCanary
 from .canary_standard import StandardCanary
-from .inference_service import MODE, PREVIOUS, TAG_ROUTING, TakenOver, ours, refuse_canary, roll_out
+from .inference_service import (
+    MODE,
+    PREVIOUS,
+    TAG_ROUTING,
+    TakenOver,
+    explained,
+    ours,
+    refuse_canary,
+    roll_out,
+    worn,
+)
 from .job import Job
 from .kubernetes_api import MANAGER
 from .lease import LeaseLost
 from .readiness import look, predictor_name, storage_uri
-from .rollout_state import RolloutState
+from .rollout_state import RolloutState, now
 from .shadow import check_shadow, prove_in_shadow, remove_shadow
 from .strategy import choose
 
@@ -58,13 +68,10 @@ def _go_on(job: Job, found: dict[str, Any], state: RolloutState) -> str:
         else:
             _replace(job, found, state)
         return state.strategy
-    if state.phase == "canary" and state.strategy in _CANARIES:
-        way = _way(job, found, state)
-        # Whoever took the canary away, or gave it another share, wanted no more of it: from the beginning then.
-        if way.stands(found):
-            say(f"going on with the canary that was left at {state.traffic} %")
-            walk(job, way, state)
-            return state.strategy
+    # Whoever took the canary away, or gave it another share, wanted no more of it: from the beginning then.
+    if state.phase == "canary" and state.strategy in _CANARIES and _way(job, found, state).stands(found):
+        say(f"going on with the canary that was left at {state.traffic} %")
+        return _walk(job, found, state)
     return ""
 
 
@@ -102,15 +109,15 @@ def _begin(job: Job, found: dict[str, Any] | None) -> str:
     if job.rollout.strategy != "rolling":
         # A key that is missing would be told after the new pods' start otherwise.
         job.endpoint(predictor_name(job.api.name, name)).check_known()
-    choice = choose(job, found, job.state("canary", "canary", former=former, former_name=name))
-    state = job.state("canary", choice.strategy, former=former, former_name=name)
+    known = {"former": former, "former_name": name, "unsplit": RolloutState.of(found).unsplit}
+    choice = choose(job, found, job.state("canary", "canary", **known))
+    state = job.state("canary", choice.strategy, **known)
     if choice.why:
         say(
             f"NO CANARY: {choice.why}. The model is proven in a shadow without users; then its pods replace the old ones."
         )
     if choice.strategy in _CANARIES:
-        walk(job, _way(job, found, state), state)
-        return choice.strategy
+        return _walk(job, found, replace(state, unsplit=""))
     if choice.strategy == "shadow":
         check_shadow(job)
         _in_shadow(job, found, state)
@@ -118,9 +125,25 @@ def _begin(job: Job, found: dict[str, Any] | None) -> str:
     return choice.strategy
 
 
+def _walk(job: Job, found: dict[str, Any], state: RolloutState) -> str:
+    """By a canary; where KServe makes one and splits nothing, it has proven the model, and the pods are replaced."""
+    try:
+        walk(job, _way(job, found, state), state)
+        return state.strategy
+    except NotSplit as error:
+        if job.rollout.strategy == "canary":
+            raise
+        say(
+            f"NO CANARY: {error.problem}. The model was proven beside the former one; now its pods replace the old ones."
+        )
+    known = {"former": state.former, "former_name": state.former_name, "unsplit": now()}
+    _replace(job, job.persist(job.api.get), job.state("promoting", "shadow", **known))
+    return "shadow"
+
+
 def _again(job: Job, before: RolloutState) -> RolloutState:
     """The state of a model that is named already, which keeps how it came there."""
-    begun = job.state("promoting", "rolling")
+    begun = job.state("promoting", "rolling", unsplit=before.unsplit)
     if before.uri != job.uri or before.phase != "done":
         return begun
     return replace(before, phase="promoting", owner=begun.owner, since=begun.since)
@@ -174,9 +197,10 @@ def _in_shadow(job: Job, found: dict[str, Any], state: RolloutState) -> None:
         prove_in_shadow(job, found)
     except (LeaseLost, TakenOver):
         raise
-    except DeployError as error:
-        job.apply(ours(found), replace(state, phase="failed", reason=error.problem))
-        raise DeployError(f"{error.problem}. {state.former} was never touched", error.remedy) from error
+    except Exception as error:
+        told = explained(error)
+        job.apply(ours(found), replace(state, phase="failed", reason=told.problem))
+        raise DeployError(f"{told.problem}. {state.former} was never touched", told.remedy) from error
 
 
 def _replace(job: Job, found: dict[str, Any] | None, state: RolloutState) -> None:
@@ -185,6 +209,8 @@ def _replace(job: Job, found: dict[str, Any] | None, state: RolloutState) -> Non
     kept = (found or {"metadata": {}})["metadata"].get("annotations") or {}
     wanted["metadata"]["annotations"] |= {key: kept[key] for key in (MODE, TAG_ROUTING) if key in kept}
     wanted["metadata"]["annotations"] |= state.to_annotation()
+    if found and storage_uri(found) == job.uri:
+        wanted["spec"]["predictor"] |= worn(found)
     failed = replace(state, phase="failed")
     try:
         roll_out(job.api, wanted, job.patience, job.lease.renew)
@@ -217,8 +243,9 @@ def _ask(job: Job, wanted: dict[str, Any], failed: RolloutState) -> None:
         return
     except LeaseLost:
         raise
-    except DeployError as error:
-        problem, remedy = error.problem, error.remedy
+    except Exception as error:
+        told = explained(error)
+        problem, remedy = told.problem, told.remedy
     failed = replace(failed, reason=problem, former=previous)
     found = job.persist(job.api.get)
     if not previous or not found:

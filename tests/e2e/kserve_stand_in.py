@@ -10,6 +10,9 @@ the real one is here on purpose (read in KServe's source, and proven by nothing 
   deadline of the Deployment (600 s in a cluster). Which pod `modelStatus` is about is undefined; see `looks_at`.
 - A canary without minReplicas has ceil(share of the stable ones) pods: none at 0 %, and never ready.
 - A canary's failure shows as `ready: false` alone, and a canary has no URL but that of its Service.
+- Every label and annotation of the InferenceService stands on every pod, stable and canary, unless the predictor has one
+  of its own; any change of them is another template, and replaces the pods (`made` tells).
+- What the spec no longer names is deleted before the route learns of it.
 
     with KserveStandIn(server, "models") as kserve:
         kserve.fates["s3://bucket/bad"] = Fate(load_error="no such key")
@@ -64,6 +67,8 @@ NEVER = Fate(ready_after=None)
 class _Rollout:
     """One template of a Deployment on its way."""
 
+    uid: str
+    template: dict[str, Any]
     uri: str
     since: float
     had_pods: bool
@@ -80,6 +85,8 @@ class KserveStandIn:
         looks_at: the pod that `modelStatus` is about while old and new ones run: `old` or `new`.
         asleep: the controller is away (Deployments go on).
         gateway: Gateway API is on: an HTTPRoute of the service's name splits traffic between canaries that are ready.
+        splits: the route follows canaries, as in KServe after 0.20; 0.20.0 does not split.
+        made: each set of pods that was ever made, as its Deployment's name and storageUri.
         pods: a Pod is there of each template that does not get ready, and says why (else there are only Deployments).
     """
 
@@ -88,9 +95,11 @@ class KserveStandIn:
         self.urls: dict[str, str] = {}
         self.progress_deadline, self.looks_at, self.asleep = progress_deadline, "old", False
         self.gateway = self.pods = False
+        self.splits = True
+        self.made: list[tuple[str, str]] = []
         self._server, self._namespace = server, namespace
         self._rollouts: dict[str, _Rollout] = {}
-        self._before: dict[str, str] = {}  # what the old pods serve
+        self._before: dict[str, _Rollout] = {}  # of the old pods
         self._routes: dict[str, Any] = {}
         self._told: set[str] = set()
         self._made: dict[str, Any] = {}  # of each service, what its Deployments were made from
@@ -114,7 +123,8 @@ class KserveStandIn:
     def serving(self, name: str) -> str:
         """The storageUri that the ready pods of a predictor serve: of the old template until the new one is ready."""
         rollout = self._rollouts.get(name)
-        return rollout.uri if rollout is not None and rollout.done else self._before.get(name, "")
+        serves = rollout if rollout is not None and rollout.done else self._before.get(name)
+        return serves.uri if serves is not None else ""
 
     def _run(self) -> None:
         while not self._stop.wait(_PERIOD):
@@ -135,12 +145,17 @@ class KserveStandIn:
             if deployment["metadata"]["labels"][_OWNER] in names:
                 self._roll(deployment)
             else:  # Kubernetes collects what a deleted object owned
-                self._server.request("DELETE", f"{self._deployments()}/{deployment['metadata']['name']}")
+                self._delete(deployment["metadata"]["name"])
         if not self.asleep:
             for service in services:
-                self._write_status(service, f"{path}/{service['metadata']['name']}")
                 if self.gateway:
                     self._write_route(service)
+                self._write_status(service, f"{path}/{service['metadata']['name']}")
+
+    def _delete(self, deployment: str) -> None:
+        self._server.request("DELETE", f"{self._deployments()}/{deployment}")
+        for known in (self._rollouts, self._before):
+            known.pop(deployment, None)
 
     # --- what KServe makes ------------------------------------------------------------------------------------------
 
@@ -149,26 +164,34 @@ class KserveStandIn:
         stable, canaries = spec["predictor"], spec.get("canary") or []
         pods = int(stable.get("minReplicas", 1))
         ready = {item["name"] for item in (service.get("status") or {}).get("canaryStatuses", []) if item["ready"]}
-        source = (service["metadata"]["uid"], service["metadata"]["generation"], ready)
+        meta = service["metadata"]
+        source = (meta["uid"], meta["generation"], ready, meta.get("labels"), meta.get("annotations"))
         if self._made.get(name) == source:
             return
         for canary in canaries:
             predictor = {**stable, **canary["predictor"], "minReplicas": _canary_pods(canary, pods)}
-            predictor["model"] = {**stable["model"], **canary["predictor"].get("model", {})}
-            self._apply_deployment(name, predictor)
+            for field in ("model", "labels", "annotations"):
+                given = {key: value for key, value in (canary["predictor"].get(field) or {}).items() if value != ""}
+                predictor[field] = {**(stable.get(field) or {}), **given}
+            self._apply_deployment(meta, predictor)
         fewer = sum(_canary_pods(item, pods) for item in canaries if item["predictor"]["name"] in ready)
-        self._apply_deployment(name, {**stable, "minReplicas": max(pods - fewer, 1) if fewer else pods})
+        self._apply_deployment(meta, {**stable, "minReplicas": max(pods - fewer, 1) if fewer else pods})
         wanted = {predictor_name(name, item.get("name", "")) for item in [stable, *(c["predictor"] for c in canaries)]}
         for item in self._server.get(f"{self._deployments()}?labelSelector={_OWNER}={name}")["items"]:
             if item["metadata"]["name"] not in wanted:
-                self._server.request("DELETE", f"{self._deployments()}/{item['metadata']['name']}")
+                self._delete(item["metadata"]["name"])
         self._made[name] = source
 
-    def _apply_deployment(self, service: str, predictor: dict[str, Any]) -> None:
-        name = predictor_name(service, predictor.get("name", ""))
-        labels = {"app": f"isvc.{name}", _OWNER: service, "component": "predictor"}
+    def _apply_deployment(self, service: dict[str, Any], predictor: dict[str, Any]) -> None:
+        name = predictor_name(service["name"], predictor.get("name", ""))
+        labels = {"app": f"isvc.{name}", _OWNER: service["name"], "component": "predictor"}
+        on_pods = {
+            field: {**(service.get(field) or {}), **(predictor.get(field) or {})} for field in ("labels", "annotations")
+        }
+        on_pods["labels"] |= labels
+        on_pods["annotations"][SOURCE] = predictor["model"]["storageUri"]
         template = {
-            "metadata": {"labels": labels, "annotations": {SOURCE: predictor["model"]["storageUri"]}},
+            "metadata": on_pods,
             "spec": {"containers": [{"name": "kserve-container", "image": "registry.invalid/serving:1"}]},
         }
         body = {
@@ -185,11 +208,10 @@ class KserveStandIn:
 
     def _write_route(self, service: dict[str, Any]) -> None:
         name, spec = service["metadata"]["name"], service["spec"]
-        told = {item["name"]: item["ready"] for item in (service.get("status") or {}).get("canaryStatuses", [])}
         weights = {
             predictor_name(name, item["predictor"]["name"]): item.get("trafficPercent", 0)
             for item in spec.get("canary") or []
-            if told.get(item["predictor"]["name"])
+            if self.splits and self._canary_status(name, item)["ready"]
         }
         stable = predictor_name(name, spec["predictor"].get("name", ""))
         weights = {stable: 100 - sum(weights.values()), **weights}
@@ -213,11 +235,8 @@ class KserveStandIn:
         meta, spec = deployment["metadata"], deployment["spec"]
         name, uri = meta["name"], spec["template"]["metadata"]["annotations"][SOURCE]
         rollout = self._rollouts.get(name)
-        if rollout is None or rollout.uri != uri:
-            if rollout is not None and rollout.done:
-                self._before[name] = rollout.uri
-            had_pods = bool((deployment.get("status") or {}).get("availableReplicas"))
-            rollout = self._rollouts[name] = _Rollout(uri, time.monotonic(), had_pods)
+        if rollout is None or (rollout.uid, rollout.template) != (meta["uid"], spec["template"]):
+            rollout = self._rollouts[name] = self._begun(deployment, rollout)
         state = self._state(rollout)
         if self.pods and state == "failing":
             self._write_pod(name, uri)
@@ -229,6 +248,19 @@ class KserveStandIn:
                 "PUT", f"{self._deployments()}/{name}/status", {**deployment, "status": status}
             )
             assert found.status in (200, 404, 409), found.message
+
+    def _begun(self, deployment: dict[str, Any], rollout: _Rollout | None) -> _Rollout:
+        """Of another template; one that goes back to pods that still run makes none."""
+        meta, template = deployment["metadata"], deployment["spec"]["template"]
+        name, uri = meta["name"], template["metadata"]["annotations"][SOURCE]
+        if rollout is not None and rollout.done:
+            self._before[name] = rollout
+        before = self._before.get(name)
+        if before is not None and before is not rollout and before.template == template:
+            return before
+        self.made.append((name, uri))
+        had_pods = bool((deployment.get("status") or {}).get("availableReplicas"))
+        return _Rollout(meta["uid"], template, uri, time.monotonic(), had_pods)
 
     def _write_pod(self, deployment: str, uri: str) -> None:
         """A pod whose storage initializer fails again and again."""

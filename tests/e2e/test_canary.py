@@ -53,9 +53,11 @@ def test_a_model_gets_its_traffic_step_by_step_and_then_all(place: Place, models
             seen.append(place.shares().get(canary, 0))
 
     place.network.watch = watch
+    made = len(place.kserve.made)
     assert place.deploy(models.new) == "canary"
     assert sorted(set(seen)) == [0, 10, 50, 100], "it is asked before it gets any, and at every step"
     until(lambda: place.only(models.new))
+    assert place.kserve.made[made:] == [(canary, models.uri(models.new))], "no pod is made but the canary's"
     assert place.service()["spec"]["predictor"]["name"] == f"v-{models.new.version}"
     assert place.service()["metadata"]["labels"]["app.kubernetes.io/version"] == models.new.version
     state = place.state()
@@ -64,6 +66,41 @@ def test_a_model_gets_its_traffic_step_by_step_and_then_all(place: Place, models
     # And back: the next canary stands beside the promoted one.
     assert place.deploy(models.old, replace(STEPS, steps=())) == "canary"
     until(lambda: place.only(models.old))
+
+
+def test_a_service_of_a_former_version_of_deploy_keeps_its_pods(place: Place, models: Models) -> None:
+    """Its predictor says nothing of its own, so its pods have the service's annotations, and the note of that time."""
+    place.deploy(models.old)
+    before = place.service()
+    for field in ("labels", "annotations"):
+        del before["spec"]["predictor"][field]
+    path = f"{place._path('entrance')}?fieldManager={MANAGER}"
+    assert place.cluster.request("PUT", path, before).status == 200
+    until(lambda: len(place.kserve.made) == 2)
+    until(lambda: place.only(models.old))
+    assert place.deploy(models.old) == ""
+    assert place.deploy(models.new, replace(STEPS, steps=(50,))) == "canary"
+    until(lambda: place.only(models.new))
+    canary = (f"entrance-v-{models.new.version}-predictor", models.uri(models.new))
+    assert place.kserve.made[2:] == [canary]
+
+
+@pytest.mark.parametrize("steps", [(), (10,)])
+def test_all_traffic_is_with_the_canary_before_the_former_goes(
+    place: Place, models: Models, steps: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.deploy(models.old)
+    apply, shares = Job.apply, []
+
+    def watch(job: Job, body: dict[str, Any], state: RolloutState) -> None:
+        if state.phase == "promoting":
+            shares.append(place.shares())
+        apply(job, body, state)
+
+    monkeypatch.setattr(Job, "apply", watch)
+    place.deploy(models.new, replace(STEPS, steps=steps))
+    assert shares[0] == {"entrance-predictor": 0, f"entrance-v-{models.new.version}-predictor": 100}
+    until(lambda: place.only(models.new))
 
 
 def test_deploying_the_same_again_changes_nothing_but_is_asked(serving_old: Place, models: Models) -> None:
@@ -106,7 +143,15 @@ def crashing_under_traffic(place: Place, models: Models) -> None:
 
 
 def route_that_stays(place: Place, models: Models) -> None:
-    place.kserve.gateway = False
+    """It names the canary, and then nobody changes it any more."""
+    canary = f"entrance-v-{models.new.version}-predictor"
+
+    def watch(path: str) -> None:
+        if canary in path:
+            until(lambda: canary in place.shares())
+            place.kserve.gateway = False
+
+    place.network.watch = watch
 
 
 def sleeping_controller(place: Place, models: Models) -> None:
@@ -121,7 +166,7 @@ WORSE = [
     (many_failures, r"at 10 % of traffic: \d\d\.\d% of the canary's \d+ requests failed, [01]\.\d% of the stable"),
     (mad_under_traffic, r"answered 500: the graph went mad"),
     (crashing_under_traffic, r"the canary is no longer ready: .*0 of 1 pods"),
-    (route_that_stays, r"HTTPRoute entrance gives it nothing, not 10 %"),
+    (route_that_stays, r"HTTPRoute entrance gives it \[0\], not 10 %"),
     (sleeping_controller, r"controller has not looked at it yet"),
 ]
 
@@ -313,7 +358,7 @@ def test_a_promotion_whose_end_nobody_saw_is_finished_or_taken_over(place: Place
     place.deploy(models.old)
     # So that it stays in this phase: the promoted pods are not ready for a while.
     place.kserve.fates[models.uri(models.new)] = Fate(ready_after=0.1)
-    rollout = replace(STEPS, steps=())
+    rollout = replace(STEPS, steps=(100,))
     place.network.watch = lambda path: _sleep_on(place, models, path)
     killed_at(place, models.new, "promoting", 100, rollout=rollout)
     place.kserve.asleep = False
@@ -325,8 +370,9 @@ def test_a_promotion_whose_end_nobody_saw_is_finished_or_taken_over(place: Place
 
 
 def _sleep_on(place: Place, models: Models, path: str) -> None:
-    """The controller goes away once the canary was asked, so that it does not see the promotion."""
-    if f"v-{models.new.version}-predictor" in path:
+    """The controller goes away once the canary has all traffic, so that it does not see the promotion."""
+    canary = f"entrance-v-{models.new.version}-predictor"
+    if canary in path and place.shares().get(canary) == 100:
         place.kserve.asleep = True
 
 
@@ -431,6 +477,43 @@ def _with_settings(place: Place, ingress: str, expected: str) -> str:
     binding = {"apiVersion": f"{group}/v1", "kind": "RoleBinding", "metadata": meta, "roleRef": role}
     cluster.apply({**binding, "subjects": subjects})
     return expected
+
+
+def test_a_kserve_that_makes_canaries_and_splits_nothing_is_seen_once(
+    place: Place, models: Models, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.kserve.splits = False
+    place.deploy(models.old)
+    assert place.deploy(models.new) == "shadow"
+    assert "NO CANARY: KServe made the canary, and traffic does not follow it" in capsys.readouterr().err
+    until(lambda: place.only(models.new))
+    canary = f"entrance-v-{models.new.version}-predictor"
+    assert [name for name, _ in place.kserve.made] == ["entrance-predictor", canary, "entrance-predictor"]
+    assert place.state().phase == "done"
+    assert place.deploy(models.old) == "shadow"
+    assert "followed no canary at 20" in capsys.readouterr().err
+    assert [name for name, _ in place.kserve.made][3:] == ["entrance-shadow-predictor", "entrance-predictor"]
+    with pytest.raises(DeployError, match="traffic does not follow it") as caught:
+        place.deploy(models.new, replace(STEPS, strategy="canary"))
+    assert "rollout.strategy" in caught.value.remedy
+    until(lambda: place.only(models.old))
+    place.kserve.splits = True
+    assert place.deploy(models.new, replace(STEPS, strategy="canary", steps=())) == "canary"
+    assert place.state().unsplit == "", "and auto takes canaries again"
+    until(lambda: place.only(models.new))
+
+
+@pytest.mark.parametrize("failure", [OverflowError("int too large"), RecursionError("too deep")], ids=type)
+def test_an_error_that_nobody_thought_of_withdraws_the_canary(
+    serving_old: Place, models: Models, failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(*details: object) -> str:
+        raise failure
+
+    monkeypatch.setattr("haechi.components.deploy.canary.judge", judge)
+    with pytest.raises(DeployError, match=rf"{type(failure).__name__}: {failure}.*has all traffic again"):
+        serving_old.deploy(models.new)
+    assert serving_old.state().phase == "failed"
 
 
 @pytest.mark.parametrize("spoil", [no_route, settings_say_no])
