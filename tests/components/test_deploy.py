@@ -584,6 +584,9 @@ def test_an_inference_service_is_applied_and_awaited(world: World, cluster: Clus
                 "storageUri": uri_of(world, model.version),
             },
             "enableServiceLinks": False,
+            "labels": body["metadata"]["labels"],
+            # KServe writes the service's own on all pods, where the predictor has none: they would restart with each.
+            "annotations": dict.fromkeys([*body["metadata"]["annotations"], PREVIOUS], "see-the-inferenceservice"),
         }
     }
     assert body["metadata"]["labels"]["app.kubernetes.io/version"] == model.version
