@@ -1,4 +1,4 @@
-"""The canary of mode Standard: `spec.canary[]` of KServe 0.20 and later, whose traffic Gateway API splits.
+"""The canary of mode Standard: `spec.canary[]` of KServe, whose traffic Gateway API splits (not yet in 0.20.0).
 
 The canary `v-<version>` is a Deployment and a Service of its own. Promoting makes it the stable predictor by its name:
 its pods go on serving, and the former Deployment goes. Users reach the service through its HTTPRoute, which keeps its
