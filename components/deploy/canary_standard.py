@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
+from haechi.components.shared.errors import DeployError
 from haechi.components.shared.progress import say
 
-from .inference_service import MODE, PREVIOUS, TakenOver, ours
+from .inference_service import MODE, PREVIOUS, TakenOver, ours, wait
 from .job import Job
 from .kubernetes_api import Forbidden
+from .lease import LeaseLost
 from .readiness import Look, look, look_at_canary, predictor_name, storage_uri
 from .rollout_state import RolloutState
 
@@ -86,12 +89,7 @@ class StandardCanary:
         except Forbidden as error:
             say(f"whether traffic follows the canary cannot be seen: {error.problem}")
             return seen
-        weights = [
-            backend.get("weight")
-            for rule in ((route or {}).get("spec") or {}).get("rules") or []
-            for backend in rule.get("backendRefs") or []
-            if backend.get("name") == self.services[0]
-        ]
+        weights = self._weights(route)
         if weights and all(weight == traffic for weight in weights):
             return seen
         return Look(reason=f"HTTPRoute {self._job.api.name} gives it {weights or 'nothing'}, not {traffic} %")
@@ -122,6 +120,7 @@ class StandardCanary:
         body = ours(found)
         if named != former:  # theirs to set: we only take our canary away
             body["spec"]["predictor"]["model"].pop("storageUri", None)
+        self._drain(found, body, state)
         job.apply(body, state)
         left = job.persist(job.api.get) or {"spec": {}}
         if left["spec"].get("canary"):
@@ -131,3 +130,44 @@ class StandardCanary:
                 f"the canary was withdrawn, and the service names {named or 'no model'} now, which somebody else set",
                 "Look at it with `haechi status`.",
             )
+
+    def _drain(self, found: dict[str, Any], body: dict[str, Any], state: RolloutState) -> None:
+        """Take all traffic from our canary first: KServe deletes what the spec no longer names before it moves the route."""
+        job = self._job
+        canaries = found["spec"].get("canary") or []
+        if [storage_uri({"spec": entry}) for entry in canaries] != [state.uri]:
+            return
+        # As it stands, which another run may have made: its pods serve what they get until the route has moved.
+        there = canaries[0]["predictor"]
+        canary = ours({**found, "spec": {"predictor": there}})["spec"]["predictor"]
+        canary["model"]["name"] = ""
+        canary["minReplicas"] = there.get("minReplicas", 1)
+        spec = {**body["spec"], "canary": [{"trafficPercent": 0, "predictor": canary}]}
+        patience = replace(job.patience, timeout=max(job.patience.blocked, 3 * job.patience.poll))
+        try:
+            if canaries[0].get("trafficPercent"):
+                job.apply({**body, "spec": spec}, replace(state, phase="back"))
+            # A killed withdrawal may have come this far, and KServe may not have seen it yet.
+            wait(job.api, patience, self._drained, "the canary without traffic", job.lease.renew)
+        except LeaseLost:
+            raise
+        except DeployError as error:  # it is taken away all the same, and that tells whose it is
+            say(f"the canary may get traffic to the last: {error.problem}")
+
+    def _drained(self, found: dict[str, Any]) -> Look | None:
+        if not found["spec"].get("canary"):
+            return None
+        try:
+            weights = self._weights(self._job.api.route())
+        except Forbidden:
+            return Look(ready=True)  # nobody can tell
+        return Look(ready=not any(weights), reason=f"HTTPRoute {self._job.api.name} gives it {weights} still")
+
+    def _weights(self, route: dict[str, Any] | None) -> list[Any]:
+        """What a route gives our canary, by rule."""
+        return [
+            backend.get("weight")
+            for rule in ((route or {}).get("spec") or {}).get("rules") or []
+            for backend in rule.get("backendRefs") or []
+            if backend.get("name") == self.services[0]
+        ]

@@ -103,6 +103,23 @@ def test_all_traffic_is_with_the_canary_before_the_former_goes(
     until(lambda: place.only(models.new))
 
 
+def test_no_traffic_is_with_a_worse_canary_when_it_goes(
+    serving_old: Place, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many_failures(serving_old, models)
+    apply, shares = Job.apply, []
+
+    def watch(job: Job, body: dict[str, Any], state: RolloutState) -> None:
+        if state.phase == "failed":
+            shares.append(serving_old.shares())
+        apply(job, body, state)
+
+    monkeypatch.setattr(Job, "apply", watch)
+    with pytest.raises(DeployError, match="requests failed"):
+        serving_old.deploy(models.new, replace(STEPS, steps=(50,), bake=1.0))
+    assert shares == [{"entrance-predictor": 100, f"entrance-v-{models.new.version}-predictor": 0}]
+
+
 def test_deploying_the_same_again_changes_nothing_but_is_asked(serving_old: Place, models: Models) -> None:
     before = serving_old.service()["metadata"]["generation"]
     asked = serving_old.network.asked[models.uri(models.old)]
