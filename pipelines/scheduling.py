@@ -97,9 +97,11 @@ def recur(api: Kubeflow, wanted: kfp_server_api.V2beta1RecurringRun) -> tuple[st
         for row in running:
             api.enable_recurring(row.recurring_run_id, True)
         raise
-    # Somebody may have done the same at this moment: whoever looks last sees both, and the newest stays.
+    # Somebody may have done the same at this moment: whoever looks last sees both, and the newest stays. Of those that
+    # run: the ones that were stopped above may be of the same second.
     rows = api.recurring_runs(wanted.display_name)
-    kept = max(rows, key=lambda row: (row.created_at, row.recurring_run_id)).recurring_run_id if rows else made
+    new = [row for row in rows if _enabled(row)] or rows
+    kept = max(new, key=lambda row: (row.created_at, row.recurring_run_id)).recurring_run_id if new else made
     for row in rows:
         if row.recurring_run_id != kept:
             api.delete_recurring(row.recurring_run_id)

@@ -341,7 +341,7 @@ def test_a_verb_that_is_forbidden_leaves_the_old_model_and_is_named(
     ]
     place.cluster.request("PATCH", path, {"rules": [rule for rule in less if rule["verbs"]]}, kind=MERGE)
     until(lambda: _refused(place, models, error))
-    assert place.only(models.old)
+    until(lambda: place.only(models.old))
     assert place.service()["metadata"]["generation"] == generation
     place.cluster.request("PATCH", path, {"rules": rules}, kind=MERGE)
     until(lambda: not _refused(place, models, error), 30)

@@ -40,7 +40,7 @@ def test_a_run_without_any_labelled_data_fails_with_the_steps_own_error(
     frames.mkdir()
     (frames / "a.jpg").write_bytes(b"not an image")
     said: list[str] = []
-    parameters = run_parameters("safety", [*FAST, f'sources=[{{uri: "{frames.as_uri()}"}}]'])
+    parameters = run_parameters("safety", [*FAST, "name=unlabelled", f'sources=[{{uri: "{frames.as_uri()}"}}]'])
     with pytest.raises(NoDataError, match=r"labels/"):
         run_training(parameters, tmp_path, full_settings, said.append)
     assert any(line.startswith("ingest done") for line in said)
