@@ -24,7 +24,7 @@ from .golden import Picture
 
 __all__ = ["SPARE", "Comparison", "Proof", "prove"]
 
-SPARE = 2  # pictures to compare for each golden image wanted, since some may be ambiguous
+SPARE = 2  # pictures to compare for each golden image wanted, since some may be ambiguous or empty
 _GOLDEN_IOU = 0.7  # the suppression that golden boxes are taken with, whatever the service uses
 _RAW_SCORE, _RAW_PX = 0.002, 0.2
 
@@ -65,8 +65,9 @@ class Proof:
         return all(item.verdict != "different" for item in self.comparisons) if self.comparisons else None
 
     def golden(self, count: int) -> list[GoldenImage]:
-        """Up to `count` pictures on which both agree box by box."""
-        return [item.image for item in self.comparisons if item.verdict == "same"][:count]
+        """Up to `count` pictures on which both agree box by box, those with boxes first: an empty one proves little."""
+        agreed = [item.image for item in self.comparisons if item.verdict == "same"]
+        return sorted(agreed, key=lambda image: len(image.expected) == 0)[:count]
 
     def to_dict(self) -> dict[str, Any]:
         """What `parity.json` holds: the sum over the pictures that are not ambiguous, and a row for each picture."""
@@ -101,7 +102,7 @@ class Proof:
 
 
 def prove(reference: Detector, exported: Detector, pictures: Sequence[Picture], wanted: int) -> Proof:
-    """Compare both networks on pictures until `wanted` of them agree, or all are compared.
+    """Compare both networks on pictures until `wanted` of them agree and have boxes, or all are compared.
 
     Args:
         reference: the checkpoint.
@@ -111,7 +112,7 @@ def prove(reference: Detector, exported: Detector, pictures: Sequence[Picture], 
     """
     done: list[Comparison] = []
     for picture in pictures:
-        if sum(item.verdict == "same" for item in done) >= wanted:
+        if sum(item.verdict == "same" and len(item.image.expected) > 0 for item in done) >= wanted:
             break
         done.append(_compare(reference, exported, picture))
     return Proof(tuple(done))

@@ -247,6 +247,8 @@ def _write(
         )
         model.write(folder)
     say(f"exported {name} {model.version}: {len(golden)} golden images, parity {_word(proof.ok)}")
+    if golden and not any(len(image.expected) for image in golden):
+        say(f"the model finds nothing on any of the {len(golden)} golden images: parity proves little on them")
     return model, proof.ok
 
 

@@ -21,7 +21,7 @@ from haechi.components.shared.dataset import Box, ManifestRow
 from haechi.components.shared.detections import Detector, classes_of_graph, onnx_session, read_head
 from haechi.components.shared.errors import InputError, IntegrityError, ModelError, TrainError
 from haechi.components.shared.files import sha256_file, write_json
-from haechi.components.shared.images import decode
+from haechi.components.shared.images import decode, encode_jpeg
 from haechi.components.shared.model_folder import ModelFolder, check_golden, read_golden
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
@@ -169,6 +169,32 @@ def test_any_checkpoint_can_be_exported_with_images_or_data(checkpoint: Path, pi
     data = export_checkpoint(checkpoint, tmp_path / "b", name="door", data=tmp_path / "data.yaml", imgsz=96)
     assert (data.golden, data.imgsz) == (5, 96)
     assert data.version != "" and json.loads((tmp_path / "b" / "parity.json").read_text())["ok"] is True
+
+
+def test_golden_images_have_boxes_where_any_do(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    export_checkpoint(checkpoint, tmp_path / "m", name="door", thresholds={"default": 0.25})
+    model = ModelFolder.load(tmp_path / "m").detector(tmp_path / "m", threads=1)
+
+    def blind(batch: Any) -> Any:
+        raw = model.infer(batch).copy()
+        raw[batch.std(axis=(1, 2, 3)) < 0.01, 4:] = 0  # sees nothing on a grey picture
+        return raw
+
+    seeing = Detector(blind, model.head, CLASSES, 128)
+    grey = [Picture(f"{shade}.jpg", encode_jpeg(np.full((128, 128, 3), shade, np.uint8))) for shade in (90, 110, 130)]
+    drawn = [item for item in from_files([pictures], 5) if len(model.detect([decode(item.data)])[0])][:2]
+    found = prove(seeing, seeing, [*grey, *drawn], 2)
+    assert [image.name for image in found.golden(2)] == [item.name for item in drawn]
+    assert len(drawn) == 2 and [image.name for image in found.golden(9)] == [item.name for item in [*drawn, *grey]]
+    assert len(prove(seeing, seeing, [*drawn, *grey], 2).comparisons) == 2
+
+
+def test_golden_images_without_a_box_are_said_to_prove_little(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = save(tmp_path / "shy.pt", network(-20.0, 1.0, seen=False))
+    export_checkpoint(weights, tmp_path / "m", name="shy", images=[pictures], golden_images=3)
+    assert "finds nothing on any of the 3 golden images" in capsys.readouterr().err
 
 
 def test_a_graph_that_gives_other_boxes_is_refused(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
