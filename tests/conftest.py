@@ -1,16 +1,18 @@
-"""Fixtures: a real SeaweedFS S3 server, a real MLflow server, fresh buckets, and the real data where it is present."""
+"""Fixtures: a real SeaweedFS S3 server, MLflow server and browser, fresh buckets, and the real data where it is present."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
 
+CHROMIUM = Path("/usr/bin/chromium")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -55,3 +57,17 @@ def realdata() -> Path:
     if not path.is_dir():
         pytest.skip(f"real frames are not present at {path}")
     return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, the system's own."""
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is not installed (apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
+        yield chromium
+        chromium.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
@@ -21,7 +20,6 @@ from haechi.components.shared.detections import Detections
 from haechi.components.shared.images import decode, encode_jpeg
 from haechi.components.shared.model_folder import ModelFolder
 
-CHROMIUM = Path("/usr/bin/chromium")
 EVIL = "<script>alert('x')</script>\"&"
 CLASSES = ("fire", EVIL)
 GATE = Gate(min_boxes=5, min_groups=3, floors={"default": 0.3}, draws=200)
@@ -215,20 +213,6 @@ def check_picture(item: Picture) -> None:
         assert mark.y >= 0
         assert mark.x + mark.width <= item.width + 1
         assert mark.y + mark.height <= item.height + 1
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A headless Chromium, the system's own."""
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is not installed (apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
-        yield chromium
-        chromium.close()
 
 
 @pytest.mark.parametrize("width", [390, 1100])

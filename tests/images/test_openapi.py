@@ -30,7 +30,6 @@ from tests.tiny_models import paint, shade, tiny_model_folder
 CLASSES = ["smoke", "fire", "person_down"]
 SCENE = paint({(2, 3): shade(0, 0.9), (5, 5): shade(1, 0.6)})
 EVIL = """<b>it's "red" & more"""
-CHROMIUM = Path("/usr/bin/chromium")
 
 
 @pytest.fixture(scope="module")
@@ -193,20 +192,6 @@ def test_schemathesis_finds_no_answer_that_is_not_described(
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(operations(openapi('safety')))} passed" in done.stdout.partition("Fuzzing")[2], done.stdout
     assert httpx.get(f"{server.url}/v2/health/ready").status_code == 200
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A headless Chromium, the system's own."""
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is not installed (apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
