@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -136,11 +136,6 @@ class Store:
                 continue
             modified = item.last_modified.timestamp() if item.last_modified else 0.0
             yield ObjectInfo(item.object_name, item.size or 0, (item.etag or "").strip('"'), modified)
-
-    def folders(self, prefix: str) -> Sequence[str]:
-        """Names of the direct sub-folders of `prefix` (which ends in `/`), sorted."""
-        listing = self._call(prefix, lambda: list(self._client.list_objects(self.bucket, prefix=prefix)))
-        return sorted(item.object_name[len(prefix) :].rstrip("/") for item in listing if item.is_dir)
 
     def exists(self, key: str) -> bool:
         """Whether the object is there."""
