@@ -19,6 +19,7 @@ __all__ = ["COMPILED", "compile_all", "dangling_references", "differences", "nor
 
 COMPILED = Path(__file__).parent / "compiled"
 _VERSION = metadata.version("haechi")
+_HEAD = "# Written by `haechi compile` from pipelines/training.py; change that, not this.\n"
 _PLACEHOLDER = re.compile(r"""inputs\.(parameters|artifacts)\[['"]([^'"]+)['"]\]""")
 
 
@@ -54,9 +55,11 @@ def compile_all(out: Path, cache_claim: str = "") -> list[Path]:
         raise IntegrityError(
             f"the compiled pipeline has dangling references: {'; '.join(problems)}", "Pass them as inputs."
         )
+    # kfp's own head tells the defaults in an order that changes from call to call.
+    text = re.sub(r"\A(#.*\n)*", "", text)
     written = {"training.yaml": text, **_custom_resources(documents, cache_claim)}
     for name, content in written.items():
-        write_bytes(out / name, content.encode())
+        write_bytes(out / name, (_HEAD + content).encode())
     return [out / name for name in written]
 
 
@@ -84,9 +87,8 @@ def _custom_resources(documents: list[dict[str, Any]], suffix: str) -> dict[str,
         "metadata": {"name": re.sub(r"[. ]", "-", shown), "labels": labels},
         "spec": spec,
     }
-    head = "# Written by `haechi compile` from pipelines/training.py; change that, not this.\n"
     return {
-        f"{kind}.yaml": head + yaml.safe_dump(entry, sort_keys=False, width=120)
+        f"{kind}.yaml": yaml.safe_dump(entry, sort_keys=False, width=120)
         for kind, entry in (("pipeline", pipeline), ("pipelineversion", version))
     }
 

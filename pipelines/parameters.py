@@ -11,10 +11,8 @@ from typing import Any
 
 import yaml
 
-from haechi.components.deploy.rollout import Rollout
-from haechi.components.deploy.target import Target
+from haechi.components.resolve.parameters import check_parameters
 from haechi.components.shared.errors import InputError
-from haechi.components.train.candidate import Candidate
 
 __all__ = ["PARAMETERS", "load_preset", "parse_settings", "preset_names", "run_parameters"]
 
@@ -123,7 +121,7 @@ def run_parameters(preset: str, pairs: Iterable[str] = (), extra: Mapping[str, A
     for key, value in parse_settings(pairs).items():
         _assign(values, key, value)
     checked = check(values, "--set")
-    _parse(checked)
+    check_parameters(checked.get("candidates"), checked.get("target", ""), checked.get("rollout", {}))
     return checked
 
 
@@ -152,19 +150,7 @@ def check(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         if pattern and not pattern.fullmatch(str(value)):
             raise InputError(f"{where}: {key} is {value!r}", f"Give {words}.")
         checked[key] = value
-    if checked.get("candidates") == []:
-        raise InputError(f"{where}: candidates is empty", "Name at least one training.")
     return checked
-
-
-def _parse(values: Mapping[str, Any]) -> None:
-    """Let the steps' own parsers speak before anything starts."""
-    Target.parse(values.get("target", ""))
-    Rollout.parse(values.get("rollout", {}))
-    for entry in values.get("candidates", []):
-        if not isinstance(entry, dict):
-            raise InputError(f"candidates holds {entry!r}", "Give each one as a mapping, with name and model.")
-        Candidate.parse({str(key): value for key, value in entry.items()})  # as JSON will have them
 
 
 def _check_json(key: str, value: Any, where: str) -> None:

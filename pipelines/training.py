@@ -109,7 +109,7 @@ def training(
     heavy = (train_image, settings_config_map, s3_secret, mlflow_secret)
     run_id = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 
-    world = on_cluster(resolve(name=name), *steps)
+    world = on_cluster(resolve(name=name, candidates=candidates, target=target, rollout=rollout), *steps)
     champion, previous_dataset = world.outputs["champion"], world.outputs["previous_dataset"]
 
     arrived = on_cluster(

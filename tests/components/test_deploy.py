@@ -806,7 +806,8 @@ def test_the_component_bodies_do_what_the_steps_do(world: World, monkeypatch: py
     )
     assert said == "promote"
     assert deployed.metadata == read_json(world.root / "deployed" / "deployed.json")
-    assert first.resolve.python_func(name=world.name) == (model.version, "")
+    asked = {"candidates": [{"name": "a", "model": "yolo11n"}], "target": "none", "rollout": {}}
+    assert first.resolve.python_func(name=world.name, **asked) == (model.version, "")
     world.model(shift=1.0, champion=model.version, decision="refuse")
     refused = component.refuse.python_func(onnx_model=onnx_model, verdict=verdict, name=world.name, run_id="")
     assert refused == "refuse"

@@ -322,6 +322,7 @@ def launcher(
 NAME = {"name": "safety"}
 GATE = {"min_boxes": 1, "min_groups": 1, "floors": {"default": 0.0}, "draws": 100}
 CANDIDATE = {"name": "tiny", "model": "yolo11n", "epochs": 1, "imgsz": 64, "batch": 8}
+ASKED = NAME | {"candidates": [CANDIDATE], "target": "none", "rollout": {}}
 
 
 def _journey(bucket: str) -> list[tuple[str, dict[str, Any], dict[str, tuple[str, str]]]]:
@@ -330,7 +331,7 @@ def _journey(bucket: str) -> list[tuple[str, dict[str, Any], dict[str, tuple[str
     model, dataset = ("export", "onnx_model"), ("build", "dataset")
     judged = {"onnx_model": model, "verdict": ("evaluate", "verdict")}
     return [
-        ("resolve", NAME, {}),
+        ("resolve", ASKED, {}),
         (
             "ingest",
             {
@@ -440,7 +441,7 @@ def test_every_executor_is_run() -> None:
 
 def test_a_step_without_settings_fails_with_our_error(launcher: Launcher) -> None:
     bare = replace(launcher, env={}, outputs={})
-    process, output = bare.start("resolve", NAME, salt="bare")
+    process, output = bare.start("resolve", ASKED, salt="bare")
     assert process.returncode != 0
     assert output == {}
     assert "SettingsError: HAECHI_S3_ENDPOINT" in process.stderr

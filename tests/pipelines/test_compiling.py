@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,21 @@ def test_a_changed_committed_file_is_found(fresh: Path, tmp_path: Path) -> None:
     text = (tmp_path / "training.yaml").read_text()
     (tmp_path / "training.yaml").write_text(text.replace("seed: 0", "seed: 1").replace("haechi/train", "other/train"))
     assert set(differences(tmp_path, fresh)) >= {"pipeline.yaml", "training.yaml"}
+
+
+def test_the_same_source_compiles_to_the_same_bytes_in_every_process(fresh: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / seed for seed in ("0", "1", "2")]
+    compiles = [
+        subprocess.Popen(
+            [sys.executable, "-m", "haechi.pipelines.cli", "compile", "--out", str(folder)],
+            env={**os.environ, "PYTHONHASHSEED": folder.name},
+            stdout=subprocess.DEVNULL,
+        )
+        for folder in folders
+    ]
+    assert [process.wait() for process in compiles] == [0, 0, 0]
+    for path in fresh.iterdir():
+        assert {(folder / path.name).read_text() for folder in folders} == {path.read_text()}, path.name
 
 
 @pytest.mark.parametrize("path", sorted(COMPILED.glob("*.yaml")), ids=lambda path: path.name)

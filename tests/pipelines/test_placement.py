@@ -141,6 +141,13 @@ def test_a_champion_comes_as_the_digest_that_resolve_gives(step: str, documents:
     assert entry["taskOutputParameter"] == {"outputParameterKey": "champion", "producerTask": "resolve"}
 
 
+@pytest.mark.parametrize("name", ["candidates", "target", "rollout"])
+def test_the_first_step_sees_what_only_late_steps_use(name: str, documents: Documents) -> None:
+    task, owner = find(documents, "resolve")
+    assert root_parameter(documents, owner, task["inputs"]["parameters"][name]["componentInputParameter"]) == name
+    assert "dependentTasks" not in task
+
+
 def test_a_training_that_is_to_be_made_anew_is_bound_to_its_run(documents: Documents) -> None:
     assert through_loop(documents, "train", "run_id")["runtimeValue"]["constant"] == "{{$.pipeline_job_uuid}}"
     assert through_loop(documents, "train", "retrain") == {"componentInputParameter": "retrain"}
