@@ -7,14 +7,19 @@ import json
 import re
 import shutil
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.rendered import MANIFESTS, ROOT, Object, find, pods, render
+from tests.serving_process import running
+from tests.tiny_models import paint, shade, tiny_model_folder
 
 parser = pytest.importorskip("promql_parser", reason="PromQL is parsed by the package promql-parser")
 
@@ -38,17 +43,35 @@ _PROCESS = {"process_cpu_seconds_total", "process_resident_memory_bytes", "proce
 _SCRAPED = {"namespace", "pod", "container", "job", "instance", "inferenceservice", "predictor"}
 
 
-def test_the_runtime_says_just_that() -> None:
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What `/metrics` of a real runtime tells after one prediction; the line of a sample comes from its counter alone."""
     from haechi.serving.engine import Models
     from haechi.serving.metrics import Metrics
 
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model_folder(folder, ["fire"])
+    with running(folder) as process:
+        scene = paint({(2, 3): shade(0, 0.9)})
+        assert httpx.post(f"{process.url}/v1/models/tiny:predict", content=scene).status_code == 200
+        told = httpx.get(f"{process.url}/metrics").text
     metrics = Metrics(Models())
-    metrics.batches("m")(1)
-    families = {family.name: family for family in metrics.registry.collect()}
-    for name, labels in _METRICS.items():
-        family = families[name.removesuffix("_total")]
-        told = {label for sample in family.samples for label in sample.labels} - {"le"}
-        assert not told or told == labels, name
+    metrics.sampled("tiny", "stored")
+    return told + metrics.text()[0].decode()
+
+
+def test_the_runtime_says_just_that(said: str) -> None:
+    told: dict[str, set[str]] = defaultdict(set)
+    for family in text_string_to_metric_families(said):
+        for sample in family.samples:
+            told[family.name] |= set(sample.labels) - {"le"}
+    assert {name: told.get(name.removesuffix("_total")) for name in _METRICS} == _METRICS
+    assert {name for name in _PROCESS - {"up"} if name.removesuffix("_total") not in told} == set()
+
+
+def test_swaps_are_told_before_the_first_since_prometheus_sees_no_rise_in_a_counter_that_appears(said: str) -> None:
+    for outcome in ("refused", "swapped"):
+        assert f'haechi_swaps_total{{model="tiny",outcome="{outcome}"}} 0.0' in said
 
 
 @functools.cache
@@ -76,6 +99,10 @@ def _expressions() -> Iterator[tuple[str, str]]:
     for panel in [*board["panels"], *board["annotations"]["list"]]:
         for target in panel.get("targets", [panel] if "expr" in panel else []):
             yield panel.get("title") or panel["name"], target["expr"]
+    for variable in board["templating"]["list"]:
+        if variable["type"] == "query":
+            [(series, label)] = re.findall(r"^label_values\((.+), (\w+)\)$", variable["query"]["query"])
+            yield f"variable {variable['name']}", f"group by ({label}) ({series})"
     scaler = find(render("components/keda"), "ScaledObject")
     yield "keda", scaler["spec"]["triggers"][0]["metadata"]["query"]
 
@@ -132,14 +159,16 @@ def test_an_unknown_metric_would_be_found() -> None:
 
 def test_the_runtime_has_the_outcomes_that_alerts_ask_for() -> None:
     from haechi.serving.service import Outcome
+    from haechi.serving.swap import Swap
 
-    asked: set[str] = set()
+    asked: dict[str, set[str]] = defaultdict(set)
     for rule in [*_rules("alert"), *_rules("record")]:
         for selector in _selectors(parser.parse(rule["expr"])):
-            if "requests" in selector.name:
-                asked |= {v for m in selector.matchers.matchers if m.name == "outcome" for v in m.value.split("|")}
-    assert asked <= set(Outcome)
-    assert {"error", "deadline", "overload"} <= asked
+            (counted,) = re.findall("requests|swaps|samples", selector.name) or [""]
+            asked[counted] |= {v for m in selector.matchers.matchers if m.name == "outcome" for v in m.value.split("|")}
+    assert asked["requests"] <= set(Outcome)
+    assert {"error", "deadline", "overload"} <= asked["requests"]
+    assert asked["swaps"] == {Swap.REFUSED}
 
 
 @pytest.mark.parametrize("rule", _rules("alert") if EXPRESSIONS else [], ids=lambda rule: str(rule["alert"]))
@@ -214,12 +243,14 @@ def promtool() -> str:
     return found
 
 
-def _fires(promtool: str, folder: Path, series: dict[str, str], expression: str, samples: list[Object]) -> None:
-    """Assert what `expression` gives after 800 minutes of `series` under our rules."""
-    asked = {"expr": expression, "eval_time": "13h20m", "exp_samples": samples}
+def _fires(
+    promtool: str, folder: Path, series: dict[str, str], expression: str, samples: list[Object], unit: str = "m"
+) -> None:
+    """Assert what `expression` gives after 800 minutes, or hours, of `series` under our rules."""
+    asked = {"expr": expression, "eval_time": f"800{unit}", "exp_samples": samples}
     lines = [{"series": name, "values": text} for name, text in series.items()]
-    step = {"interval": "1m", "input_series": lines, "promql_expr_test": [asked]}
-    wanted = {"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": [step]}
+    step = {"interval": f"1{unit}", "input_series": lines, "promql_expr_test": [asked]}
+    wanted = {"rule_files": ["rules.yaml"], "evaluation_interval": f"1{unit}", "tests": [step]}
     (folder / "rules.yaml").write_text(yaml.safe_dump({"groups": _groups()}))
     (folder / "test.yaml").write_text(yaml.safe_dump(wanted))
     command = [promtool, "test", "rules", "test.yaml"]
@@ -237,8 +268,20 @@ def test_no_alert_fires_when_all_is_well(promtool: str, tmp_path: Path) -> None:
     _fires(promtool, tmp_path, _WELL, "ALERTS", [])
 
 
-def test_every_alert_but_those_that_need_weeks_is_tried() -> None:
-    assert {rule["alert"] for rule in _rules("alert")} - set(_TROUBLE) == {"HaechiConfidenceShift"}
+@pytest.mark.parametrize(("unsure", "alerts"), [("0x788 0+100x12", 1), ("0x800", 0)], ids=["moved", "steady"])
+def test_confidence_that_moved_within_a_week_is_told(promtool: str, tmp_path: Path, unsure: str, alerts: int) -> None:
+    series = {
+        f'haechi_detection_confidence_count{{{_POD},model="safety"}}': "0+100x800",
+        f'haechi_detection_confidence_bucket{{{_POD},model="safety",le="0.3"}}': unsure,
+        f'haechi_detection_confidence_bucket{{{_POD},model="safety",le="0.9"}}': "0+100x800",
+        f'haechi_detection_confidence_bucket{{{_POD},model="safety",le="+Inf"}}': "0+100x800",
+    }
+    firing = 'count(ALERTS{alertname="HaechiConfidenceShift",alertstate="firing"}) or vector(0)'
+    _fires(promtool, tmp_path, series, firing, [{"labels": "{}", "value": alerts}], unit="h")
+
+
+def test_every_alert_is_tried() -> None:
+    assert {rule["alert"] for rule in _rules("alert")} == {*_TROUBLE, "HaechiConfidenceShift"}
 
 
 # ---- what reads the metrics

@@ -36,6 +36,7 @@ from .engine import Models
 from .gpu import GpuCollector
 from .inference import Prediction
 from .service import Call, Outcome, Role
+from .swap import Swap
 
 __all__ = ["Metrics"]
 
@@ -120,6 +121,11 @@ class Metrics:
     def batches(self, model: str) -> Callable[[int], None]:
         """What to tell the number of images of each run of a model's network."""
         return self._batches.labels(model).observe
+
+    def announce(self, model: str) -> None:
+        """Tell of a model's swaps as zero: to Prometheus, a counter that appears with its first event did not rise."""
+        for outcome in Swap:
+            self._swaps.labels(model, outcome)
 
     def swapped(self, model: str, outcome: str) -> None:
         """Count an attempt to exchange a served model; `outcome` is one of a few words."""

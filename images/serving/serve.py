@@ -70,6 +70,7 @@ def serve(
         models = Models(on_put=lambda engine: pool.resize(engine.workers))
         models.announce(name)
         metrics = Metrics(models)
+        metrics.announce(name)
         access = access_of(settings)
         observers = [metrics, *_watchers(settings, metrics, closing)]
         service = Service(models, pool, settings.timeout, access, observers, BODIES_HELD * settings.max_body)
