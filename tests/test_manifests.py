@@ -18,6 +18,7 @@ from haechi.components.deploy.strategy import _CONFIG
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.settings import ENDPOINT_CREDENTIALS, GIT_CREDENTIALS, Settings
 from haechi.serving.command import add_arguments
+from haechi.serving.openapi import openapi
 from haechi.serving.settings import ServingSettings
 from tests.rendered import (
     BASES,
@@ -472,6 +473,8 @@ def test_mlflow_takes_its_arguments_and_the_names_it_is_called_by() -> None:
 
 # ---- the InferenceService that deploy makes
 
+_PATHS: dict[str, Object] = openapi("safety", guarded=False)["paths"]
+
 
 def _service() -> Object:
     digest = "0123456789ab" + "0" * 52
@@ -506,6 +509,27 @@ def test_kserve_serves_what_deploy_applies_with_our_runtime_and_under_our_polici
     if any(item["metadata"]["name"] == "default-deny" for item in objects):
         assert reaches(objects, _GATEWAY, pod, 8080)
         assert not reaches(objects, _OTHER, pod, 8080)
+
+
+@pytest.mark.parametrize(
+    ("token", "open_paths"),
+    [(False, {"/v2/health/live", "/v2/health/ready"}), (True, set(_PATHS) - {"/", "/metrics"})],
+    ids=["anybody", "token"],
+)
+def test_the_gateway_lets_in_calls_of_the_runtime_and_keeps_its_metrics(token: bool, open_paths: set[str]) -> None:
+    rules = find(render("components/istio-auth"), "AuthorizationPolicy")["spec"]["rules"]
+    operations = [to["operation"] for rule in rules if token or "from" not in rule for to in rule["to"]]
+    let_in = {
+        path
+        for path, verbs in _PATHS.items()
+        if all(any(_allows(operation, verb.upper(), path) for operation in operations) for verb in verbs)
+    }
+    assert let_in == open_paths
+
+
+def _allows(operation: Object, verb: str, path: str) -> bool:
+    prefixes = [known.removesuffix("*") for known in operation["paths"] if known.endswith("*")]
+    return verb in operation["methods"] and (path in operation["paths"] or path.startswith(tuple(prefixes)))
 
 
 def test_the_runtime_starts_the_process_with_arguments_that_it_knows() -> None:
