@@ -14,6 +14,8 @@ import yaml
 from haechi.components.resolve.parameters import check_parameters
 from haechi.components.shared.errors import InputError
 
+from .node_pool import check_pool
+
 __all__ = ["PARAMETERS", "load_preset", "parse_settings", "preset_names", "run_parameters"]
 
 _PRESETS = Path(__file__).parent / "presets"
@@ -62,6 +64,13 @@ PARAMETERS: dict[str, type] = {
 # What the cluster would refuse only when the step's turn comes, hours into a run: name → what is right, and in words.
 _CPU = re.compile(r"(?=.*[1-9])(\d+(\.\d+)?|\d+m)"), "CPUs such as 2 or 500m"
 _MEMORY = re.compile(r"(?=.*[1-9])\d+(\.\d+)?[MGT]i?"), "memory with its unit, such as 4Gi or 500Mi"
+_IMAGE = re.compile(r"\S+"), "an image's name"
+_OBJECT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"), "the name of an object of the cluster"
+# Mounted as a volume that has its name; both are optional, and a name without a Secret means none.
+_MOUNTED = (
+    re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"),
+    "a Secret's name of letters, digits and hyphens, there or not",
+)
 _WORDS: dict[str, tuple[re.Pattern[str], str]] = {
     "train_cpu": _CPU,
     "train_memory": _MEMORY,
@@ -69,6 +78,14 @@ _WORDS: dict[str, tuple[re.Pattern[str], str]] = {
     "infer_memory": _MEMORY,
     "gpu_count": (re.compile(r"\d+"), "a whole number; 0 for none"),
     "gpu_type": (re.compile(r"[a-z0-9.-]+/[A-Za-z0-9._-]+"), "a resource name such as nvidia.com/gpu"),
+    "steps_image": _IMAGE,
+    "train_image": _IMAGE,
+    "settings_config_map": _OBJECT,
+    "s3_secret": _OBJECT,
+    "mlflow_secret": _OBJECT,
+    "roboflow_secret": _OBJECT,
+    "git_secret": _MOUNTED,
+    "endpoint_secret": _MOUNTED,
 }
 
 
@@ -122,6 +139,7 @@ def run_parameters(preset: str, pairs: Iterable[str] = (), extra: Mapping[str, A
         _assign(values, key, value)
     checked = check(values, "--set")
     check_parameters(checked.get("candidates"), checked.get("target", ""), checked.get("rollout", {}))
+    check_pool(checked.get("node_selector", {}), checked.get("tolerations", []))
     return checked
 
 

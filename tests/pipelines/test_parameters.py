@@ -54,6 +54,16 @@ def test_every_preset_parses_and_names_its_classes(name: str) -> None:
         (["train_memory=16Gi", "infer_memory=500M"], {"train_memory": "16Gi", "infer_memory": "500M"}),
         (["target=dir:/models"], {"target": "dir:/models"}),
         (["teacher="], {"teacher": ""}),
+        (['node_selector={pool: "true", a/b: ""}'], {"node_selector": {"pool": "true", "a/b": ""}}),
+        (
+            ["tolerations=[{operator: Exists}, {key: a, value: b, effect: NoExecute, tolerationSeconds: 60}]"],
+            {
+                "tolerations": [
+                    {"operator": "Exists"},
+                    {"key": "a", "value": "b", "effect": "NoExecute", "tolerationSeconds": 60},
+                ]
+            },
+        ),
         (['imports=[{uri: "file:///x", covers: [fire]}]'], {"imports": [{"uri": "file:///x", "covers": ["fire"]}]}),
     ],
 )
@@ -101,6 +111,27 @@ def test_a_dotted_word_changes_one_item_of_a_preset_and_leaves_the_rest() -> Non
         (["target=git:https://me:secret@git.example.org/m.git#main:a.yaml"], "holds credentials"),
         (["rollout.bakee=10"], "rollout has no key 'bakee'"),
         (["rollout.bake=-1"], "rollout.bake is -1"),
+        (
+            ["node_selector={cloud.google.com/gke-spot: true}"],
+            r"node_selector\[cloud.google.com/gke-spot\] is True.*quotes",
+        ),
+        (["node_selector={1: a}"], "the key 1 in node_selector is 1"),
+        (["node_selector={pool: a b}"], r"node_selector\[pool\] is 'a b'"),
+        (["tolerations=[spot]"], r"tolerations\[0\] is 'spot'"),
+        (["tolerations=[{key: spot, value: true}]"], r"tolerations\[0\].value is True.*quotes"),
+        (
+            ["tolerations=[{key: a, operator: Exists}, {key: b, operater: Exists}]"],
+            r"tolerations\[1\] has no field 'operater'",
+        ),
+        (["tolerations=[{key: spot, operator: exists}]"], "Give one of Exists, Equal"),
+        (["tolerations=[{key: spot, operator: Exists, effect: NoSchedul}]"], "effect is 'NoSchedul'"),
+        (["tolerations=[{key: spot, operator: Exists, value: a}]"], "its operator is Exists"),
+        (["tolerations=[{value: a}]"], r"tolerations\[0\].key is None"),
+        (["tolerations=[{key: a, operator: Exists, tolerationSeconds: 60}]"], "the effect NoExecute"),
+        (["git_secret="], "git_secret is ''"),
+        (["endpoint_secret=a.b"], "letters, digits and hyphens, there or not"),
+        (["settings_config_map=Haechi"], "settings_config_map is 'Haechi'"),
+        (["train_image="], "train_image is ''. Give an image's name"),
     ],
 )
 def test_a_wrong_word_is_refused_and_named(pairs: list[str], named: str) -> None:
