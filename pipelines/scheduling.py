@@ -119,6 +119,8 @@ def _shape(row: kfp_server_api.V2beta1RecurringRun) -> dict[str, Any]:
     cron = trigger.cron_schedule.cron if trigger and trigger.cron_schedule else ""
     periodic = trigger.periodic_schedule if trigger else None
     return {
+        # Tells the service account that was asked for; in its own field the server tells its choice where none was.
+        "description": row.description or "",
         "experiment": row.experiment_id,
         "pipeline": reference and reference.pipeline_id,
         "version": (reference and reference.pipeline_version_id) or "",

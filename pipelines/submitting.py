@@ -189,7 +189,7 @@ def schedule_training(
         )
     wanted = kfp_server_api.V2beta1RecurringRun(
         display_name=name,
-        description=f"{schedule}, by haechi submit",
+        description=f"{schedule}, by haechi submit" + (f", as {service_account}" if service_account else ""),
         experiment_id=api.experiment(experiment or package.name),
         # An empty version means the newest at each start.
         pipeline_version_reference=_reference(version.pipeline_id, version.version_id if pin else ""),

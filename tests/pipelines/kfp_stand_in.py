@@ -264,7 +264,9 @@ class KfpStandIn:
         if not 1 <= int(wanted["max_concurrency"]) <= 10:
             raise Refused(400, "Max concurrency of a recurring run must be at least 1 and at most 10")
         # Numbers are doubles on the wire, and the pods' service account is filled in.
-        made = wanted | {"recurring_run_id": self._id("s"), "service_account": "pipeline-runner", "status": "ENABLED"}
+        made = (
+            {"service_account": "pipeline-runner"} | wanted | {"recurring_run_id": self._id("s"), "status": "ENABLED"}
+        )
         made["runtime_config"] = json.loads(json.dumps(made["runtime_config"]), parse_int=float)
         made["created_at"] = f"2026-01-01T00:00:{len(self.recurring) % 60:02}Z"
         self.recurring.append(made)

@@ -251,6 +251,7 @@ def test_the_same_schedule_again_changes_nothing(api: KfpStandIn) -> None:
         {"schedule": Schedule(cron="0 0 3 * * *")},
         {"parameters": {"seed": 4}},
         {"experiment": "night"},
+        {"service_account": "trainer"},
         {"pin": True},
     ],
     ids=lambda change: next(iter(change)),
@@ -262,6 +263,13 @@ def test_another_schedule_of_that_name_takes_the_place_of_the_first(change: dict
     assert (second.change, second.name) == ("replaced", first.name)
     assert [row["recurring_run_id"] for row in api.recurring] == [second.id] != [first.id]
     assert api.most_enabled == 1, "two never ran at a time"
+
+
+def test_a_schedule_keeps_its_service_account_until_another_is_asked_for(api: KfpStandIn) -> None:
+    accounts = ["trainer", "trainer", "other", "", ""]
+    done = [schedule_training(connect(api), {}, Schedule(seconds=60), service_account=name) for name in accounts]
+    assert [one.change for one in done] == ["created", "unchanged", "replaced", "replaced", "unchanged"]
+    assert [row["service_account"] for row in api.recurring] == ["pipeline-runner"]
 
 
 def test_schedules_of_other_names_stay(api: KfpStandIn) -> None:
