@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 from certificates import write_certificate
+from kfp_server_api import V2beta1Run
 from kfp_stand_in import Fault, KfpStandIn, Refused, check, make_token
 
 from haechi.components.shared.errors import InputError
-from haechi.pipelines import kubeflow, submitting
+from haechi.pipelines import kubeflow, submitting, watching
 from haechi.pipelines.cli import build_parser, main
 from haechi.pipelines.compiling import COMPILED
 from haechi.pipelines.kubeflow import Kubeflow
@@ -436,22 +437,46 @@ def test_waiting_does_not_outlive_a_token_that_is_refused(api: KfpStandIn) -> No
         watch(server, run.id, [], every=0.01)
 
 
-def test_a_wait_that_is_over_names_the_run_that_goes_on(api: KfpStandIn) -> None:
-    api.progress = [states("RUNNING")]
-    server = connect(api)
-    run = submit_training(server, {})
-    with pytest.raises(RunFailed, match=f"{run.id} has not ended after 0 s.*goes on"):
-        watch(server, run.id, [], timeout=0.03, every=0.01)
+class Clock:
+    """Time that passes in sleeps only."""
+
+    def __init__(self) -> None:
+        self.now, self.sleeps = 1000.0, list[float]()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.sleeps.append(seconds)
 
 
-def test_a_wait_that_is_shorter_than_the_pause_between_two_looks_ends_in_time(api: KfpStandIn) -> None:
-    api.progress = [states("RUNNING"), states("SUCCEEDED", deploy="SUCCEEDED")]
-    server, start = connect(api), time.monotonic()
-    assert watch(server, submit_training(server, {}).id, [], timeout=0.2, every=3).decision == "promote"
+@pytest.mark.parametrize(
+    ("timeout", "sleeps"), [(2.0, [2.0]), (25.0, [10.0, 10.0, 5.0])], ids=["shorter than a pause", "longer"]
+)
+def test_a_wait_looks_once_more_when_its_time_is_over_and_then_ends(
+    timeout: float, sleeps: list[float], api: KfpStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, clock = connect(api), Clock()
+    run = submit_training(server, {}).id
+    monkeypatch.setattr(watching, "time", clock)
+    api.progress = [states("RUNNING") for _ in sleeps] + [states("SUCCEEDED", deploy="SUCCEEDED")]
+    assert watch(server, run, [], timeout=timeout).decision == "promote"
+    assert clock.sleeps == sleeps
     api.progress = [states("RUNNING")]
-    with pytest.raises(RunFailed, match="has not ended"):
-        watch(server, submit_training(server, {}).id, [], timeout=0.2, every=3)
-    assert time.monotonic() - start < 3
+    with pytest.raises(RunFailed, match=f"{run} has not ended after {timeout:.0f} s.*goes on"):
+        watch(server, run, [], timeout=timeout)
+    assert clock.sleeps == sleeps * 2
+
+
+def test_waiting_gives_an_api_up_that_is_away_for_minutes(api: KfpStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, clock = connect(api), Clock()
+    run = submit_training(server, {}).id
+    monkeypatch.setattr(watching, "time", clock)
+    api.faults.append(Fault("GET /apis/v2beta1/runs", 503, "{}", times=999))
+    with pytest.raises(SubmitError, match="did not tell the run"):
+        watch(server, run, [])
+    assert sum(clock.sleeps) == 310.0
 
 
 @pytest.mark.parametrize("word", ["target=kserve:haechi-serving", "rollout.bakee=10", "candidates=[{modle: yolo11n}]"])
@@ -678,7 +703,7 @@ def test_words_of_the_server_cannot_steer_the_terminal(api: KfpStandIn, capsys: 
 
 
 def slowly() -> Iterator[bytes]:
-    for _ in range(100):
+    for _ in range(400):
         time.sleep(0.05)
         yield b" "
 
@@ -695,13 +720,13 @@ def endlessly() -> Iterator[bytes]:
 def test_an_answer_without_end_is_given_up(
     body: Callable[[], Iterator[bytes]], told: str, status: int, api: KfpStandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kubeflow, "_DEADLINE", 1.0)
+    server, start = connect(api), time.monotonic()
+    monkeypatch.setattr(kubeflow, "_DEADLINE", 1.0 if body is slowly else 30.0)
     monkeypatch.setattr("haechi.pipelines.kubeflow_http._MOST", 1 << 20)
     api.faults.append(Fault("POST .*/runs", status, body))
-    start = time.monotonic()
     with pytest.raises(SubmitError, match=f"did not start the run: .*{told}"):
-        submit_training(connect(api), {})
-    assert time.monotonic() - start < 4
+        server.start(V2beta1Run(display_name="a"))
+    assert time.monotonic() - start < 15, "the slow one takes 20 s"
 
 
 def test_a_list_without_end_is_given_up(api: KfpStandIn) -> None:
@@ -713,14 +738,16 @@ def test_a_list_without_end_is_given_up(api: KfpStandIn) -> None:
 
 def test_a_list_of_slow_pages_is_given_up(api: KfpStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     def page() -> Iterator[bytes]:
-        time.sleep(0.2)
+        clock.now += 50.0
         yield b'{"next_page_token": "more"}'
 
-    monkeypatch.setattr(kubeflow, "_DEADLINE", 0.9)
+    server, clock = connect(api), Clock()
+    monkeypatch.setattr(kubeflow, "time", clock)
     api.faults.append(Fault("GET .*/versions", 200, page, times=10**6))
+    before = len(api.requests)
     with pytest.raises(SubmitError, match="page after page"):
-        submit_training(connect(api), {})
-    assert len(api.requests) < 10
+        server.versions("p-1")
+    assert len(api.requests) - before == 3
 
 
 def test_a_server_that_takes_a_call_and_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
