@@ -223,6 +223,8 @@ def _submit(arguments: Arguments) -> int:
     recurring = bool(arguments.cron or arguments.every)
     if recurring and arguments.wait:
         raise InputError("--wait does not go with --cron or --every", "Leave it out: a schedule has no end.")
+    if not arguments.timeout >= 0:  # nor is `nan`
+        raise InputError(f"--timeout is {arguments.timeout:g}", "Give seconds, or 0 for no limit.")
     if arguments.timeout and not arguments.wait:
         raise InputError("--timeout is for --wait", "Leave it out: nothing is waited for.")
     if arguments.pin and not recurring:

@@ -158,11 +158,15 @@ def test_one_schedule_of_a_name_is_one_scheduled_workflow_that_takes_the_newest_
     parameters = {"seed": 3, "name": "continuous", "candidates": [{"name": "a", "model": "yolo11n", "epochs": 5}]}
     changes = [schedule_training(api, parameters, schedule).change for schedule in (hourly, hourly, nightly, nightly)]
     assert changes == ["created", "unchanged", "replaced", "unchanged"]
+    as_trainer = [schedule_training(api, parameters, nightly, service_account="trainer").change for _ in range(2)]
+    assert as_trainer == ["replaced", "unchanged"]
     [scheduled] = made(cluster, "scheduledworkflows", "kubeflow", "continuous")
     spec = scheduled["spec"]
     assert (spec["enabled"], spec["maxConcurrency"], spec["noCatchup"]) == (True, 1, True)
     assert spec["trigger"]["cronSchedule"]["cron"] == "0 0 3 * * *"
+    assert spec["serviceAccount"] == "trainer"
     assert not spec.get("pipelineVersionId")
+    time.sleep(1.0)  # the server tells which version is newer by the second
     newer = later(tmp_path)
     submit_training(api, {}, package=newer)
     with pytest.raises(SubmitError, match=f"newest version of training on the server is {newer.version}"):
@@ -312,6 +316,7 @@ def test_pipelines_from_git_run_and_are_scheduled_beside_those_that_are_submitte
     )
     assert len(made(cluster, "workflows", "kubeflow", api.start(wanted))) == 1
 
+    time.sleep(1.0)  # the server tells which version is newer by the second
     done = submit_training(api, {"seed": 5})
     assert done.uploaded and not submit_training(api, {"seed": 6}).uploaded
     assert [row.name for row in api.versions(version.pipeline_id)] == [done.version, version.name]
@@ -323,7 +328,7 @@ def test_pipelines_from_git_run_and_are_scheduled_beside_those_that_are_submitte
         cluster.apply(body, manager="argocd")
     body["metadata"]["name"] = body["spec"]["displayName"] = "training-0-1-0-production-2"
     cluster.apply(body, manager="argocd")
-    deadline = time.monotonic() + 20  # the server learns of objects by watching
+    deadline = time.monotonic() + 120  # the server learns of objects by watching
     while body["metadata"]["name"] not in [row.name for row in api.versions(version.pipeline_id)]:
         assert time.monotonic() < deadline
         time.sleep(0.2)

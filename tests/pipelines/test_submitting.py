@@ -485,8 +485,17 @@ def test_what_a_later_step_would_refuse_is_refused_before_anything_is_asked(word
     assert api.requests == []
 
 
-@pytest.mark.parametrize("words", [["--wait", "--every", "6h"], ["--pin"], ["--timeout", "60"]])
-def test_words_that_do_not_go_together_are_refused(words: list[str], api: KfpStandIn) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--wait", "--every", "6h"],
+        ["--pin"],
+        ["--timeout", "60"],
+        ["--wait", "--timeout", "-1"],
+        ["--wait", "--timeout", "nan"],
+    ],
+)
+def test_words_that_mean_nothing_here_are_refused(words: list[str], api: KfpStandIn) -> None:
     assert main(["submit", "--host", api.host, *words]) == 2
     assert api.requests == []
 
