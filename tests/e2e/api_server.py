@@ -15,6 +15,7 @@ import os
 import shutil
 import ssl
 import subprocess
+import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ __all__ = ["Answer", "ApiServer", "why_absent"]
 
 SCRIPT = Path(__file__).resolve().parents[2] / ".ci" / "kube-apiserver"
 APPLY = "application/apply-patch+yaml"
+JSON = "application/json"
+RBAC = "rbac.authorization.k8s.io"
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class ApiServer(Server):
         super().__init__(workdir)
         self._etcd = Etcd(workdir)
         self._tokens = {"admin": "admin-token"}
+        self._rounds = 0  # of _await_rights
 
     def start(self) -> None:
         self._etcd.start()
@@ -125,10 +129,14 @@ class ApiServer(Server):
         except OSError:
             return False
 
-    def request(
-        self, verb: str, path: str, body: Any = None, user: str = "admin", kind: str = "application/json"
-    ) -> Answer:
-        """One request as a user: `admin`, or a service account as `<namespace>/<name>`."""
+    def request(self, verb: str, path: str, body: Any = None, user: str = "admin", kind: str = JSON) -> Answer:
+        """One request as a user: `admin`, or a service account as `<namespace>/<name>`. Rights hold once it returns."""
+        found = self._send(verb, path, body, user, kind)
+        if verb != "GET" and found.status < 300 and path.startswith(f"/apis/{RBAC}/"):
+            self._await_rights()
+        return found
+
+    def _send(self, verb: str, path: str, body: Any, user: str, kind: str) -> Answer:
         headers = {"Authorization": f"Bearer {self.token(user)}", "Content-Type": kind, "Accept": "application/json"}
         data = None if body is None else json.dumps(body).encode()
         found = self._pool.request(verb, self.url + path, body=data, headers=headers)
@@ -149,6 +157,34 @@ class ApiServer(Server):
         found = self.request("PATCH", path, body, user, APPLY)
         assert found.status in (200, 201), found.message
         return found.body
+
+    def _await_rights(self) -> None:
+        """Wait until the authorizer, which watches, has heard of all rights that are stored.
+
+        Each kind's changes reach it in their order: once it knows of what is stored last, it knows of all before.
+        """
+        self._rounds += 1
+        mark = f"round-{self._rounds}"
+        rules = [{"apiGroups": [""], "resources": ["configmaps"], "resourceNames": [mark], "verbs": ["get"]}]
+        subjects = [{"apiGroup": RBAC, "kind": "User", "name": mark}]
+        asked = {"namespace": "default", "verb": "get", "resource": "configmaps", "name": mark}
+        review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview"}
+        for prefix, meta in (("", {"name": "heard-of", "namespace": "default"}), ("Cluster", {"name": "heard-of"})):
+            own = {"apiVersion": f"{RBAC}/v1", "metadata": meta}
+            reference = {"apiGroup": RBAC, "kind": f"{prefix}Role", "name": "heard-of"}
+            for entry in (
+                {**own, "kind": f"{prefix}Role", "rules": rules},
+                {**own, "kind": f"{prefix}RoleBinding", "roleRef": reference, "subjects": subjects},
+            ):
+                stored = self._send("PATCH", f"{_path(entry)}?fieldManager=test&force=true", entry, "admin", APPLY)
+                assert stored.status in (200, 201), stored.message
+            # In the namespace kube-system nothing but the cluster's own binding can have allowed it.
+            spec = {"user": mark, "resourceAttributes": asked | ({"namespace": "kube-system"} if prefix else {})}
+            deadline = time.monotonic() + self.patience
+            path = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
+            while not self._send("POST", path, {**review, "spec": spec}, "admin", JSON).body["status"]["allowed"]:
+                assert time.monotonic() < deadline, "the authorizer has not heard of new rights"
+                time.sleep(0.01)
 
     def token(self, user: str) -> str:
         """A user's bearer token; of a service account `<namespace>/<name>`, a real one from the API server."""
@@ -180,7 +216,10 @@ class ApiServer(Server):
     def kubectl(self, *arguments: str, user: str = "admin", given: str = "") -> subprocess.CompletedProcess[str]:
         """Run kubectl as a user, with `given` as its standard input."""
         command = ["kubectl", f"--kubeconfig={self.kubeconfig(user)}", *arguments]
-        return subprocess.run(command, input=given, text=True, capture_output=True, env=self._clean_environment)
+        done = subprocess.run(command, input=given, text=True, capture_output=True, env=self._clean_environment)
+        if arguments[0] in ("apply", "create", "delete", "replace"):
+            self._await_rights()
+        return done
 
     def make_namespace(self, name: str, **labels: str) -> str:
         """A namespace with its default service account, which a controller makes in a cluster."""
