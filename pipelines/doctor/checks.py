@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import cluster, kubeflow, local, pods, serving, storage, tracking
+from . import addresses, canary, cluster, kserve_store, kubeflow, local, pods, serving, storage, tracking
 from .findings import Finding
 from .world import World
 
@@ -34,7 +34,7 @@ CHECKS: dict[str, Check] = {
     "settings": Check("machine", storage.settings),
     "store": Check("storage", storage.store),
     "step-keys": Check("storage", storage.step_keys),
-    "kserve-keys": Check("storage", storage.kserve_keys),
+    "kserve-keys": Check("storage", kserve_store.kserve_keys),
     "mlflow": Check("tracking", tracking.mlflow),
     "step-mlflow": Check("tracking", tracking.step_mlflow),
     "label-studio": Check("tracking", tracking.label_studio),
@@ -44,14 +44,15 @@ CHECKS: dict[str, Check] = {
     "namespaces": Check("cluster", cluster.namespaces),
     "step-settings": Check("cluster", cluster.step_settings),
     "rights": Check("cluster", cluster.rights),
-    "service-endpoints": Check("cluster", cluster.services_in_cluster),
+    "service-endpoints": Check("cluster", addresses.services_in_cluster),
     "pending": Check("cluster", pods.pending),
     "quota": Check("cluster", pods.quota),
     "train-shm": Check("cluster", pods.train_shm),
     "image-pull": Check("cluster", pods.image_pull),
     "pod-security": Check("cluster", pods.pod_security),
     "kserve": Check("serving", serving.kserve_installed),
-    "canary-mode": Check("serving", serving.canary_mode),
+    "canary-mode": Check("serving", canary.canary_mode),
     "runtime": Check("serving", serving.runtime),
     "model-load": Check("serving", serving.model_load),
+    "left-overs": Check("serving", serving.left_overs),
 }

@@ -1,28 +1,24 @@
-"""The cluster's static side: that it answers, its namespaces, the rights of steps, and the Services that settings name."""
+"""The cluster's static side: that it answers, its namespaces, what step pods start with, and the rights of steps."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from haechi.components.shared.errors import SettingsError
 from haechi.components.shared.settings import Settings
 
+from .canary import uses_gateway_api
 from .findings import CannotLook, Finding, each
-from .web import resolves
 from .world import World
 
 __all__ = [
     "RIGHTS",
     "cluster_answers",
     "namespaces",
-    "place_of",
     "pod_settings",
     "rights",
-    "service_answers",
-    "services_in_cluster",
     "step_settings",
     "whole",
 ]
@@ -41,19 +37,13 @@ RIGHTS: tuple[tuple[str, str, str], ...] = (
 _SERVING = (
     "kubectl kustomize manifests/base/serving | sed 's/haechi-serving$/{name}/' | kubectl apply --server-side -f -"
 )
-_KFP = "ml-pipeline"
 _RECONCILER = "haechi-reconciler"
-
-
-@dataclass(frozen=True)
-class _Address:
-    """A Service that a URL names."""
-
-    url: str
-    name: str
-    namespace: str
-    port: int
-    source: str
+# Option gateway-canary adds it to the Role: without it deploy does not see whether traffic follows a canary.
+_ROUTES = ("gateway.networking.k8s.io", "httproutes", "get")
+_RULE = {"apiGroups": [_ROUTES[0]], "resources": [_ROUTES[1]], "verbs": ["get", "list"]}
+_ADD_ROUTES = (
+    f"patch role haechi-deploy --type=json -p '{json.dumps([{'op': 'add', 'path': '/rules/-', 'value': _RULE}])}'"
+)
 
 
 def cluster_answers(world: World) -> list[Finding]:
@@ -113,7 +103,8 @@ def rights(world: World) -> list[Finding]:
 def _rights_of(world: World, name: str) -> list[Finding]:
     aim = world.aim
     account = f"system:serviceaccount:{aim.namespace}:{name}"
-    denied = [right for right in RIGHTS if not _allowed(world, account, right)]
+    wanted = (*RIGHTS, _ROUTES) if uses_gateway_api(world) else RIGHTS
+    denied = [right for right in wanted if not _allowed(world, account, right)]
     if not denied:
         return []
     verbs: dict[str, list[str]] = {}
@@ -121,39 +112,19 @@ def _rights_of(world: World, name: str) -> list[Finding]:
         verbs.setdefault(f"{resource}.{group}".rstrip("."), []).append(verb)
     what = " and ".join(f"{', '.join(some)} {resource}" for resource, some in verbs.items())
     who = "the reconciler" if name == _RECONCILER else "deploy"
-    return [
-        Finding(
-            f"{account} may not {what} in namespace {aim.serving}: {who} will fail with 403",
-            f"no RoleBinding there gives Role haechi-deploy to ServiceAccount {aim.namespace}/{name}",
-            f"kubectl -n {aim.serving} apply -f manifests/base/serving/role.yaml\n"
-            f"kubectl -n {aim.serving} create rolebinding {name}-{aim.namespace} --role=haechi-deploy "
-            f"--serviceaccount={aim.namespace}:{name}",
-        )
+    symptom = f"{account} may not {what} in namespace {aim.serving}: {who}"
+    more = [f"kubectl -n {aim.serving} {_ADD_ROUTES}"] if _ROUTES in denied else []
+    if denied == [_ROUTES]:
+        cause = "Role haechi-deploy there lacks what option gateway-canary adds to it"
+        return [Finding(f"{symptom} cannot see whether traffic follows a canary", cause, more[0])]
+    bind = f"kubectl -n {aim.serving} create rolebinding {name}-{aim.namespace} --role=haechi-deploy"
+    fix = [
+        f"kubectl -n {aim.serving} apply -f manifests/base/serving/role.yaml",
+        *more,
+        f"{bind} --serviceaccount={aim.namespace}:{name}",
     ]
-
-
-def services_in_cluster(world: World) -> list[Finding]:
-    """The Services that settings name: there, on that port, with a ready pod behind them."""
-    return each(_addresses(world), lambda address: _service(world, address))
-
-
-def place_of(url: str, namespace: str) -> tuple[str, ...]:
-    """What a URL names from inside a namespace: a Service and its port, else a host; equal for one place in two spellings."""
-    address = _parse(url, namespace, "")
-    return (address.name, address.namespace, str(address.port)) if address else (urlsplit(url).netloc,)
-
-
-def service_answers(world: World, url: str, namespace: str, source: str) -> list[Finding]:
-    """The Service that a URL names, if it names one: there, on that port, with a ready pod behind it.
-
-    Args:
-        world: what to look at.
-        url: as it is written in `namespace`.
-        namespace: of who asks.
-        source: where the URL is set, in words.
-    """
-    address = _parse(url, namespace, source)
-    return _service(world, address) if address else []
+    cause = f"no RoleBinding there gives Role haechi-deploy to ServiceAccount {aim.namespace}/{name}"
+    return [Finding(f"{symptom} will fail with 403", cause, "\n".join(fix))]
 
 
 def pod_settings(world: World) -> Settings:
@@ -240,78 +211,3 @@ def _allowed(world: World, account: str, right: tuple[str, str, str]) -> bool:
 
 def _groups(namespace: str) -> list[str]:
     return ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"]
-
-
-def _addresses(world: World) -> list[_Address]:
-    """Services that the ConfigMaps name, and KFP's own; those outside the cluster are left to other checks."""
-    aim = world.aim
-    named = []
-    for namespace, name in ((aim.namespace, aim.config_map), (aim.serving, "haechi-serving-settings")):
-        data = world.config(namespace, name) or {}
-        for key in ("HAECHI_S3_ENDPOINT", "MLFLOW_TRACKING_URI"):
-            if data.get(key):
-                named.append((data[key], namespace, f"{key} of ConfigMap {namespace}/{name}"))
-    addresses = [address for entry in named if (address := _parse(*entry))]
-    unique = list({(item.name, item.namespace, item.port): item for item in addresses}.values())
-    kfp = _Address(f"http://{_KFP}.kubeflow:8888", _KFP, "kubeflow", 8888, "Kubeflow Pipelines")
-    return [*unique, kfp]
-
-
-def _parse(url: str, namespace: str, source: str) -> _Address | None:
-    """The Service that a URL names from inside a namespace, or None where it names no Service."""
-    parts = urlsplit(url)
-    if ":" in (parts.hostname or ""):
-        return None  # an address of IPv6
-    labels = (parts.hostname or "").removesuffix(".").removesuffix(".cluster.local").split(".")
-    if len(labels) == 3 and labels[2] == "svc":
-        labels = labels[:2]
-    if len(labels) > 2 or not labels[0] or all(label.isdigit() for label in labels):
-        return None
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError:
-        return None  # check `step-settings` tells
-    return _Address(url, labels[0], labels[1] if len(labels) == 2 else namespace, port, source)
-
-
-def _service(world: World, address: _Address) -> list[Finding]:
-    where = f"Service {address.namespace}/{address.name}"
-    path = f"/api/v1/namespaces/{address.namespace}/services/{address.name}"
-    found = world.cluster.get(path)
-    if found is None:
-        if "." in (urlsplit(address.url).hostname or "") and resolves(address.url):
-            return []  # a host outside the cluster with two labels in its name
-        return [
-            Finding(
-                f"{where} does not exist, and {address.source} is {address.url}",
-                "the name or the namespace in it is another, or that part is not installed",
-                f"kubectl get services -A | grep -i {address.name.split('-')[0]}",
-            )
-        ]
-    if found["spec"].get("type") == "ExternalName":
-        return []
-    ports = [item["port"] for item in found["spec"].get("ports") or []]
-    if address.port not in ports:
-        shown = ", ".join(map(str, ports)) or "none"
-        fix = f"Write {address.url.rsplit(':', 1)[0] if address.url.count(':') > 1 else address.url}:{shown.split(',')[0]}"
-        return [
-            Finding(f"{where} has no port {address.port}, which {address.source} names", f"its ports: {shown}", fix)
-        ]
-    return _endpoints(world, address, where)
-
-
-def _endpoints(world: World, address: _Address, where: str) -> list[Finding]:
-    query = f"labelSelector=kubernetes.io/service-name%3D{address.name}"
-    slices = world.objects(address.namespace, "endpointslices", "discovery.k8s.io/v1", query)
-    for item in slices:
-        for endpoint in item.get("endpoints") or []:
-            if (endpoint.get("conditions") or {}).get("ready") is not False:
-                return []
-    return [
-        Finding(
-            f"{where} has no ready pod behind it ({address.source})",
-            "its pods are not ready, not there, or its selector matches none",
-            f"kubectl -n {address.namespace} get endpointslices -l kubernetes.io/service-name={address.name}\n"
-            f"kubectl -n {address.namespace} describe service {address.name}",
-        )
-    ]

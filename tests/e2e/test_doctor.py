@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CRDS = ROOT.parent / "shared" / "crds"
 MERGE = "application/merge-patch+json"
 GPU = "nvidia.com/gpu"
+GATEWAY = "gateway.networking.k8s.io"
 ISVC = "/apis/serving.kserve.io/v1beta1/namespaces/{}/inferenceservices"
 CLUSTER_CHECKS = {name: check for name, check in CHECKS.items() if check.area != "machine"}
 
@@ -64,6 +65,8 @@ class Place:
             entry["metadata"]["namespace"] = self.serving
             if name == "rolebinding":
                 entry["subjects"][0]["namespace"] = self.runs
+            if name == "role":  # as option gateway-canary adds it
+                entry["rules"].append({"apiGroups": [GATEWAY], "resources": ["httproutes"], "verbs": ["get", "list"]})
             server.apply(entry)
 
     def aim(self, user: str = "admin") -> Aim:
@@ -668,12 +671,75 @@ def test_a_canary_without_its_gateway_is_found(place: Place, ingress: dict[str, 
     assert cause in only(place.examine(), "canary-mode").cause
 
 
+def route(place: Place, *backends: str) -> None:
+    """The HTTPRoute that KServe makes of service entrance."""
+    rules = [{"backendRefs": [{"name": name, "port": 80, "weight": 1} for name in backends]}]
+    meta = {"name": "entrance", "namespace": place.serving}
+    entry = {"apiVersion": f"{GATEWAY}/v1", "kind": "HTTPRoute", "metadata": meta, "spec": {"rules": rules}}
+    place.server.apply(entry)
+
+
+@pytest.mark.parametrize(
+    ("backends", "ready", "share", "found"),
+    [
+        (["entrance-predictor"], True, 10, True),
+        ([], True, 10, True),
+        (["entrance-predictor", "entrance-b-predictor"], True, 10, False),
+        (["entrance-predictor"], False, 10, False),
+        (["entrance-predictor"], True, 0, False),
+    ],
+)
+def test_a_canary_that_the_route_of_kserve_020_passes_by_is_found(
+    place: Place, backends: list[str], ready: bool, share: int, found: bool
+) -> None:
+    kserve_config(place, enableGatewayApi=True)
+    canary = {"canary": [{**CANARY["canary"][0], "trafficPercent": share}]}
+    told = [{"name": "b", "ready": ready, "trafficPercent": share}]
+    place.isvc("entrance", canary, {"deploymentMode": "Standard", "canaryStatuses": told})
+    if backends:
+        route(place, *backends)
+    if not found:
+        assert place.examine().exit_code == 0
+        return
+    finding = only(place.examine(), "canary-mode")
+    assert f"leads to {backends[0] if backends else 'nothing'} alone" in finding.cause
+    mend(place, finding.fix.splitlines()[-1])
+    assert place.examine().exit_code == 0
+
+
+def test_a_deploy_that_may_not_see_routes_is_found_where_kserve_makes_them(place: Place) -> None:
+    path = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{place.serving}/roles/haechi-deploy"
+    rules = place.server.get(path)["rules"]
+    place.patch(path, {"rules": [rule for rule in rules if rule["resources"] != ["httproutes"]]})
+    assert place.examine().exit_code == 0
+    kserve_config(place, enableGatewayApi=True)
+    finding = only(place.examine(), "rights")
+    assert "deploy cannot see whether traffic follows a canary" in finding.symptom
+    mend(place, finding.fix)
+    assert place.examine().exit_code == 0
+
+
 def test_mode_knative_without_knative_and_with_the_other_canary_is_found_twice(place: Place) -> None:
     place.isvc("entrance", CANARY, {"deploymentMode": "Knative"})
     diagnosis = place.examine()
     causes = [finding.cause for finding in _findings(diagnosis, "canary-mode")]
     assert any("spec.canary is of mode Standard" in cause for cause in causes)
     assert "Knative Serving is not installed" in causes
+
+
+@pytest.mark.parametrize(
+    ("status", "fix"),
+    [
+        ({}, "annotate inferenceservice entrance --overwrite serving.kserve.io/deploymentMode=Standard"),
+        # KServe's webhook refuses another mode than the status tells.
+        ({"deploymentMode": "Knative"}, "delete inferenceservice entrance"),
+    ],
+)
+def test_the_mode_of_a_service_is_changed_only_where_kserve_lets_it(
+    place: Place, status: dict[str, str], fix: str
+) -> None:
+    place.isvc("entrance", {}, status, {"serving.kserve.io/deploymentMode": "Knative"})
+    assert fix in only(place.examine(), "canary-mode").fix
 
 
 def test_a_missing_runtime_is_found(place: Place) -> None:
@@ -768,7 +834,7 @@ def test_a_runtime_that_is_named_and_not_there_is_found(place: Place) -> None:
     [
         ("An error occurred (403) when calling HeadObject: Forbidden", "refuses the keys"),
         ("NoSuchKey: s3://haechi/models/a/1", "is not in the store"),
-        ("Could not connect to the endpoint URL: http://minio.minio:9000", "does not reach the store"),
+        ("Could not connect to the endpoint URL: http://minio.minio:9000", "nothing answers the pod"),
     ],
 )
 def test_a_model_that_does_not_load_is_told_with_its_cause(place: Place, said: str, cause: str) -> None:
@@ -777,6 +843,57 @@ def test_a_model_that_does_not_load_is_told_with_its_cause(place: Place, said: s
     model = {"transitionStatus": "BlockedByFailedLoad", "lastFailureInfo": failure, "states": states}
     place.isvc("entrance", {}, {"deploymentMode": "Standard", "modelStatus": model})
     assert cause in only(place.examine(), "model-load").cause
+
+
+def unreached(place: Place) -> None:
+    """Service entrance, whose pod does not reach the store."""
+    failure = {"reason": "ModelLoadFailed", "message": "Could not connect to the endpoint URL"}
+    place.isvc("entrance", {}, {"modelStatus": {"transitionStatus": "BlockedByFailedLoad", "lastFailureInfo": failure}})
+
+
+def test_a_store_that_kserve_seeks_elsewhere_than_the_settings_is_mended_to_theirs(place: Place) -> None:
+    unreached(place)
+    place.kserve_secret("127.0.0.1:9")
+    [finding] = _findings(place.examine(), "model-load")
+    assert "asks http://127.0.0.1:9, by Secret haechi-s3; HAECHI_S3_ENDPOINT of ConfigMap" in finding.cause
+    mend(place, finding.fix)
+    [finding] = _findings(place.examine(), "model-load")
+    assert f"nothing answers the pod at {place.settings.s3_endpoint}" in finding.cause
+    assert finding.fix == f"kubectl -n {place.serving} get networkpolicies"
+
+
+def test_a_way_to_the_store_that_is_shut_is_sought_where_the_store_is(place: Place) -> None:
+    unreached(place)
+    service(place.server, place.runs, "minio", 9000)
+    for namespace, name in ((place.runs, "haechi-settings"), (place.serving, "haechi-serving-settings")):
+        path = f"/api/v1/namespaces/{namespace}/configmaps/{name}"
+        place.patch(path, {"data": {"HAECHI_S3_ENDPOINT": f"http://minio.{place.runs}:9000"}})
+    place.kserve_secret(f"minio.{place.runs}:9000")
+    [finding] = _findings(place.examine(), "model-load")
+    assert f"kubectl -n {place.runs} get pods,networkpolicies" in finding.fix
+    # Who may not see the Secret is told by the settings.
+    kinds = {"": ["configmaps", "serviceaccounts"], "serving.kserve.io": ["inferenceservices"]}
+    rules = [{"apiGroups": [group], "resources": some, "verbs": ["get", "list"]} for group, some in kinds.items()]
+    [finding] = _findings(place.examine(_viewer(place, rules=rules)), "model-load")
+    assert f"nothing answers the pod at http://minio.{place.runs}:9000" in finding.cause
+
+
+def test_autoscalers_that_kserve_leaves_behind_are_found_and_those_at_work_are_not(place: Place) -> None:
+    names = ("entrance-v-0123456789ab-predictor", "entrance-predictor")
+    for name in names:
+        target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}
+        meta = {"name": name, "namespace": place.serving}
+        entry = {"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": meta}
+        place.server.apply({**entry, "spec": {"scaleTargetRef": target, "minReplicas": 1, "maxReplicas": 2}})
+    labels = {"app": "isvc.entrance-predictor"}
+    template = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "kserve-container", "image": "a:1"}]}}
+    meta = {"name": names[1], "namespace": place.serving}
+    entry = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": meta}
+    place.server.apply({**entry, "spec": {"selector": {"matchLabels": labels}, "template": template}})
+    finding = only(place.examine(), "left-overs")
+    assert finding.symptom.endswith(": 1")
+    mend(place, finding.fix)
+    assert place.examine().exit_code == 0
 
 
 # settings, keys, rights -------------------------------------------------------------------------------------------
@@ -1084,6 +1201,7 @@ def test_a_service_that_settings_name_and_that_cannot_answer_is_found(
     diagnosis = place.examine()
     finding = only(diagnosis, "service-endpoints")
     assert symptom in finding.symptom
+    assert ready or f"kubectl -n {place.runs} describe pods -l app=minio" in finding.fix
     # The name has no address here, so the keys are told as not tried.
     assert {result.check: result.unseen for result in diagnosis.results}["step-keys"].startswith("minio.")
 
@@ -1164,12 +1282,14 @@ def _findings(diagnosis: Diagnosis, check: str) -> list[Any]:
     return [finding for result in diagnosis.results if result.check == check for finding in result.findings]
 
 
-def _viewer(place: Place, *namespaces: str) -> str:
-    """A user who may list pods and little else, in some or both namespaces."""
+PODS = [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list"]}]
+
+
+def _viewer(place: Place, *namespaces: str, rules: list[dict[str, Any]] = PODS) -> str:
+    """A user who may see pods, or what the rules say, and nothing else, in some or both namespaces."""
     user = place.server.make_service_account(place.runs, "viewer")
     for namespace in namespaces or (place.runs, place.serving):
         role = {"apiVersion": "rbac.authorization.k8s.io/v1", "metadata": {"name": "viewer", "namespace": namespace}}
-        rules = [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list"]}]
         place.server.apply({**role, "kind": "Role", "rules": rules})
         subject = {"kind": "ServiceAccount", "name": "viewer", "namespace": place.runs}
         reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "viewer"}

@@ -79,7 +79,7 @@ def _kubectl(cluster: ApiServer, items: list[dict[str, Any]], *arguments: str) -
 
 
 def _plant(cluster: ApiServer) -> None:
-    """What makes doctor read on: Secrets, a pod that waits, a canary whose Gateway is named."""
+    """What makes doctor read on: Secrets, a pod that waits, a canary that is ready and whose Gateway is named."""
     keys = {key: base64.b64encode(b"of-the-test").decode() for key in ("access_key", "secret_key")}
     aws = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), keys["access_key"])
     for namespace, name, data in (
@@ -97,6 +97,9 @@ def _plant(cluster: ApiServer) -> None:
     spec = {"predictor": {"model": MODEL}, "canary": [{"predictor": second, "trafficPercent": 10}]}
     body = {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService", "metadata": {"name": "safety"}}
     assert cluster.request("POST", SERVICE, {**body, "spec": spec}).status == 201
+    ready = {"status": {"canaryStatuses": [{"name": "b", "ready": True, "trafficPercent": 10}]}}
+    found = cluster.request("PATCH", f"{SERVICE}/safety/status", ready, kind="application/merge-patch+json")
+    assert found.status == 200, found.message
     cluster.request("POST", "/api/v1/nodes", {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}})
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "train"}}
     pod["spec"] = {"containers": [{"name": "main", "image": "registry.invalid/train:1"}]}
