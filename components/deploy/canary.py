@@ -50,14 +50,17 @@ class Way(Protocol):
     steps: tuple[int, ...]
     drains: bool
 
-    def at(self, traffic: int) -> dict[str, Any]:
-        """The service with the canary at a share of traffic."""
+    def at(self, traffic: int, coming: int = 0) -> dict[str, Any]:
+        """The service with the canary at a share of traffic, and with the pods for a larger one that is coming."""
 
     def stands(self, found: dict[str, Any]) -> bool:
         """Whether the spec has the canary at the very share that the state tells."""
 
     def look(self, found: dict[str, Any]) -> Look | None:
         """Whether the canary is ready; None where it is no longer there."""
+
+    def too_small(self) -> str:
+        """Why the canary cannot have the pods that the traffic needs; empty where it can."""
 
     def routed(self, found: dict[str, Any], traffic: int) -> Look | None:
         """Whether the traffic is split as the spec says."""
@@ -89,9 +92,9 @@ def walk(job: Job, way: Way, state: RolloutState) -> None:
         _prove(job, way, state)
         # Where a killed step had come further than these steps go, its share was not watched to the end.
         for traffic in [step for step in way.steps if step >= state.traffic] or [state.traffic][: len(way.steps)]:
-            _give(job, way, state, traffic)
+            state = _give(job, way, state, traffic)
         if way.drains:
-            _route(job, way, state, 100)
+            state = _route(job, way, state, 100)
         _promote(job, way, state)
 
 
@@ -120,7 +123,7 @@ def _withdrawn_if_worse(job: Job, way: Way, state: RolloutState) -> Iterator[Non
         kind = NotSplit if isinstance(error, NotSplit) else DeployError
         raise kind(f"{told.problem}. {_back(job, way, state, told.problem)}", told.remedy) from error
     except (KeyboardInterrupt, SystemExit):  # nobody would watch it any more
-        say(_back(job, way, state, "it was interrupted by a person"))
+        say(_back(job, way, state, "it was interrupted"))
         raise
 
 
@@ -155,19 +158,32 @@ def _must_be_split(job: Job, way: Way) -> None:
         ) from error
 
 
-def _give(job: Job, way: Way, state: RolloutState, traffic: int) -> None:
-    """Give the canary a share of traffic, and watch."""
-    _route(job, way, state, traffic)
+def _give(job: Job, way: Way, state: RolloutState, traffic: int) -> RolloutState:
+    """Give the canary a share of traffic, and watch; the state by then."""
+    state = _route(job, way, state, traffic)
     say(f"the canary gets {traffic} % of the traffic for {job.rollout.bake:.0f} s")
     reason = _bake(job, way)
     if reason:
         raise DeployError(f"at {traffic} % of traffic: {reason}", "Look at the canary's log and metrics of that time.")
+    return state
 
 
-def _route(job: Job, way: Way, state: RolloutState, traffic: int) -> None:
-    """Give the canary a share of traffic; nothing changes where it has that already."""
-    job.apply(way.at(traffic), replace(state, traffic=traffic, since=now()))
+def _route(job: Job, way: Way, state: RolloutState, traffic: int) -> RolloutState:
+    """Give the canary its pods and then a share of traffic, the state by then; nothing changes where it has both."""
+    reason = job.persist(way.too_small)
+    if reason:
+        raise DeployError(
+            f"before {traffic} % of traffic: {reason}",
+            "Set spec.predictor.minReplicas to what the traffic needs, or rollout.strategy to 'shadow'; 'auto' takes a "
+            "shadow for as long as this is so.",
+        )
+    if way.at(state.traffic, traffic) != way.at(state.traffic):
+        job.apply(way.at(state.traffic, traffic), replace(state, since=now()))
+        wait(job.api, job.patience, way.look, f"canary with the pods for {traffic} %", job.lease.renew)
+    state = replace(state, traffic=traffic, since=now())
+    job.apply(way.at(traffic), state)
     wait(job.api, job.patience, lambda found: way.routed(found, traffic), f"{traffic} % of traffic", job.lease.renew)
+    return state
 
 
 def _bake(job: Job, way: Way) -> str:
@@ -194,7 +210,8 @@ def _bake(job: Job, way: Way) -> str:
         broken_since = 0.0 if look.ready else broken_since or time.monotonic()
         if broken_since and time.monotonic() - broken_since >= job.patience.blocked:
             return f"the canary is no longer ready: {look.reason}"
-        if time.monotonic() - begun >= job.rollout.bake and place >= len(images):
+        # One look alone measures nothing: it is what the next ones are compared with.
+        if time.monotonic() - begun >= job.rollout.bake and place >= max(2, len(images)):
             break
         time.sleep(job.rollout.poll)
     ours, theirs, differ = sources[0].total(), _total_of_stable(sources[1]), disagreement(pairs)

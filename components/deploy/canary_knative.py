@@ -48,8 +48,8 @@ class KnativeCanary:
         # At 100 % KServe drops the former revision: that is the promotion.
         self.steps = tuple(step for step in job.rollout.steps if step < 100)
 
-    def at(self, traffic: int) -> dict[str, Any]:
-        """The new model with a share of traffic."""
+    def at(self, traffic: int, coming: int = 0) -> dict[str, Any]:
+        """The new model with a share of traffic; its pods follow the requests."""
         body = self.promoted()
         body["spec"]["predictor"]["canaryTrafficPercent"] = traffic
         return body
@@ -64,6 +64,10 @@ class KnativeCanary:
         if storage_uri(found) != self._state.uri:
             return None
         return look(found, self._stale, self._job.api.deployment)
+
+    def too_small(self) -> str:
+        """Never: Knative's autoscaler makes the pods of each revision."""
+        return ""
 
     def routed(self, found: dict[str, Any], traffic: int) -> Look | None:
         """Knative's own word on the newest revision's share."""

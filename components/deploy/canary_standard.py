@@ -26,6 +26,8 @@ __all__ = ["LONGEST_NAME", "StandardCanary"]
 
 # <name>-v-<12 hex>-predictor is a Service's name, which has 63 characters.
 LONGEST_NAME = 63 - len("-v-0123456789ab-predictor")
+_AUTOSCALER = "serving.kserve.io/autoscalerClass"
+_TOLD = ("Accepted", "ResolvedRefs")  # what a gateway says of a route
 
 
 class StandardCanary:
@@ -47,17 +49,19 @@ class StandardCanary:
         self.services = (predictor_name(job.api.name, self._name), predictor_name(job.api.name, state.former_name))
         self.pods = self.services
         self.steps = job.rollout.steps
+        least = found["spec"]["predictor"].get("minReplicas")
+        self._least = 1 if least is None else int(least)
 
-    def at(self, traffic: int) -> dict[str, Any]:
-        """The stable predictor as it is, and ours beside it."""
+    def at(self, traffic: int, coming: int = 0) -> dict[str, Any]:
+        """The stable predictor as it is, and ours beside it, with the pods for the larger of both shares."""
         body = ours(self._found)
         body["metadata"]["annotations"][MODE] = "Standard"
-        stable = int(self._found["spec"]["predictor"].get("minReplicas") or 1)
         canary = {**deepcopy(self._job.wanted()["spec"]["predictor"]), "name": self._name}
         # The schema wants the container's name here; an empty one is what KServe fills in.
         canary["model"]["name"] = ""
         # Without a number of its own a canary has no pod at 0 %, and is never ready.
-        canary["minReplicas"] = min(stable, max(1, math.ceil(stable * traffic / 100)))
+        # More of them than the stable predictor's minReplicas KServe refuses.
+        canary["minReplicas"] = min(self._least, max(1, math.ceil(self._least * max(traffic, coming) / 100)))
         body["spec"]["canary"] = [{"trafficPercent": traffic, "predictor": canary}]
         return body
 
@@ -69,15 +73,31 @@ class StandardCanary:
 
     def look(self, found: dict[str, Any]) -> Look | None:
         """Its pods, its Deployment and KServe's word."""
-        entries = found["spec"].get("canary") or []
-        if not any(storage_uri({"spec": entry}) == self._state.uri for entry in entries):
+        entries = [
+            entry["predictor"]
+            for entry in found["spec"].get("canary") or []
+            if storage_uri({"spec": entry}) == self._state.uri
+        ]
+        if not entries:
             return None
         api, deployment = self._job.api, self.services[0]
         try:
             pods = api.pods(deployment)
         except Forbidden:
             pods = []  # then a failure's reason stays unknown
-        return look_at_canary(api.deployment(deployment), pods, self._state.uri, found.get("status") or {}, self._name)
+        status, least = found.get("status") or {}, int(entries[0].get("minReplicas") or 1)
+        return look_at_canary(api.deployment(deployment), pods, self._state.uri, status, self._name, least)
+
+    def too_small(self) -> str:
+        """A canary has no autoscaler of its own in KServe, and no more pods than minReplicas."""
+        stable = self._job.api.deployment(self.services[1]) or {"metadata": {}, "spec": {}}
+        scaled_by = (stable["metadata"].get("annotations") or {}).get(_AUTOSCALER, "hpa")
+        if scaled_by not in ("hpa", "none"):
+            return f"{_AUTOSCALER} is {scaled_by!r}, and that scales no canary"
+        pods, most = int(stable["spec"].get("replicas") or 0), max(1, self._least)
+        if pods <= most:
+            return ""
+        return f"the stable model has {pods} pods now, and a canary no more than minReplicas, {most}"
 
     def routed(self, found: dict[str, Any], traffic: int) -> Look | None:
         """Whether the HTTPRoute has the weight."""
@@ -89,10 +109,12 @@ class StandardCanary:
         except Forbidden as error:
             say(f"whether traffic follows the canary cannot be seen: {error.problem}")
             return seen
-        weights = self._weights(route)
-        if weights and all(weight == traffic for weight in weights):
+        # Where it is to get nothing, it is enough that the route knows it.
+        weights, behind = self._weights(route), _behind(route) if traffic else ""
+        if weights and all(weight == traffic for weight in weights) and not behind:
             return seen
-        return Look(reason=f"HTTPRoute {self._job.api.name} gives it {weights or 'nothing'}, not {traffic} %")
+        given = f"HTTPRoute {self._job.api.name} gives it {weights or 'nothing'}"
+        return Look(reason=f"{given}{f', and {behind}' if behind else f', not {traffic} %'}")
 
     def promoted(self) -> dict[str, Any]:
         """Our predictor by its name, and no canary."""
@@ -158,10 +180,12 @@ class StandardCanary:
         if not found["spec"].get("canary"):
             return None
         try:
-            weights = self._weights(self._job.api.route())
+            route = self._job.api.route()
         except Forbidden:
             return Look(ready=True)  # nobody can tell
-        return Look(ready=not any(weights), reason=f"HTTPRoute {self._job.api.name} gives it {weights} still")
+        weights, behind = self._weights(route), _behind(route)
+        given = f"HTTPRoute {self._job.api.name} gives it {weights}"
+        return Look(ready=not any(weights) and not behind, reason=f"{given} still, {behind}" if behind else given)
 
     def _weights(self, route: dict[str, Any] | None) -> list[Any]:
         """What a route gives our canary, by rule."""
@@ -171,3 +195,19 @@ class StandardCanary:
             for backend in rule.get("backendRefs") or []
             if backend.get("name") == self.services[0]
         ]
+
+
+def _behind(route: dict[str, Any] | None) -> str:
+    """What its gateways do not do yet of a route; empty where one of them does all, or none says anything."""
+    generation = int(((route or {}).get("metadata") or {}).get("generation") or 0)
+    told = []
+    for parent in ((route or {}).get("status") or {}).get("parents") or []:
+        wrong = ""
+        for item in parent.get("conditions") or []:
+            if int(item.get("observedGeneration") or generation) < generation:
+                wrong = "the gateway has not seen its last change"
+            elif item.get("type") in _TOLD and item.get("status") == "False":
+                wrong = f"the gateway says {item['type']} is False ({item.get('reason')}: {item.get('message') or '-'})"
+        told.append(wrong)
+    # A controller that was removed leaves its words behind.
+    return "" if "" in told or not told else told[0]

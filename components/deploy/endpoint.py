@@ -15,6 +15,7 @@ from haechi.components.shared.errors import DeployError
 from haechi.components.shared.images import decode
 from haechi.components.shared.model_folder import GOLDEN_CONF, GoldenImage, read_golden
 from haechi.components.shared.parity import Agreement, Tolerance, agree, compare
+from haechi.components.shared.progress import say
 
 from .bounded import Answer, ask
 from .credential import REMEDY, Credential
@@ -157,6 +158,10 @@ def check_golden_at(
             f"{endpoint.url} gives other boxes than the golden ones: {total.unmatched} without a partner, corners up to "
             f"{total.max_box_px:.2f} px and scores up to {total.max_score:.3f} apart, on {total.images} images",
             "Compare the runtime's image and its engine with the ones that the model was exported for.",
+        )
+    if not total.boxes:
+        say(
+            f"NOTHING PROVEN: no golden image of {version} has a box, so {endpoint.url} only found nothing where nothing is"
         )
     return total
 

@@ -65,17 +65,23 @@ def look(found: dict[str, Any], stale: str, deployment: Callable[[str], dict[str
 
 
 def look_at_canary(
-    deployment: dict[str, Any] | None, pods: list[dict[str, Any]], uri: str, status: dict[str, Any], name: str
+    deployment: dict[str, Any] | None,
+    pods: list[dict[str, Any]],
+    uri: str,
+    status: dict[str, Any],
+    name: str,
+    least: int = 1,
 ) -> Look:
-    """Look at a canary of mode Standard, of which KServe says no more than `ready`.
+    """Look at a canary of mode Standard, of which KServe says no more than `ready`, and that with its first pod.
 
     Args:
         deployment, pods: its own.
         uri: the storageUri that it must serve.
         status: of the InferenceService.
         name: the canary's `predictor.name`.
+        least: pods that must serve; an autoscaler brings the Deployment there a while after it was made.
     """
-    waits = _waits_for_pods(deployment, uri)
+    waits = _waits_for_pods(deployment, uri, least)
     told: dict[str, Any] = next((item for item in status.get("canaryStatuses") or [] if item.get("name") == name), {})
     trouble, stuck = _trouble(pods)
     refused = _refused(deployment)
@@ -136,7 +142,7 @@ def latest_revision(found: dict[str, Any] | None) -> str:
     return str(_predictor_status((found or {}).get("status") or {}).get("latestCreatedRevision") or "")
 
 
-def _waits_for_pods(deployment: dict[str, Any] | None, uri: str) -> str:
+def _waits_for_pods(deployment: dict[str, Any] | None, uri: str, least: int = 0) -> str:
     """What the rollout still waits for, judged as `kubectl rollout status` does; empty where it is done."""
     if deployment is None:
         return _UNSEEN
@@ -146,7 +152,7 @@ def _waits_for_pods(deployment: dict[str, Any] | None, uri: str) -> str:
         return _UNSEEN
     if int(status.get("observedGeneration") or 0) < int(meta["generation"]):
         return f"Deployment {meta['name']} is not rolled yet"
-    pods, new = int(spec.get("replicas", 1)), int(status.get("updatedReplicas") or 0)
+    pods, new = max(least, int(spec.get("replicas", 1))), int(status.get("updatedReplicas") or 0)
     old = int(status.get("replicas") or 0) - new
     good = max(0, int(status.get("availableReplicas") or 0) - old)
     if good < pods or old:

@@ -17,6 +17,7 @@ from .rollout_state import RolloutState
 __all__ = ["Choice", "choose"]
 
 _CONFIG = ("kserve", "inferenceservice-config")  # namespace and name of KServe's settings
+_MAY_READ = "Role haechi-kserve-mode of manifests/base/kserve"
 _MODES = {"Standard": "Standard", "RawDeployment": "Standard", "Knative": "Knative", "Serverless": "Knative"}
 
 
@@ -100,7 +101,8 @@ def _why_not(job: Job, found: dict[str, Any], state: RolloutState, mode: str, co
     """Why traffic cannot be split in mode Standard; empty where it can."""
     api = job.api
     if mode != "Standard":
-        return f"KServe's mode is {mode or 'not known yet'}"
+        unread = "" if config else f"; it may stand in KServe's settings, which cannot be read ({_MAY_READ})"
+        return f"KServe's mode is {mode or f'not known yet{unread}'}"
     if len(api.name) > LONGEST_NAME:
         return f"the service's name has more than {LONGEST_NAME} characters"
     if not job.persist(lambda: api.serves_group("gateway.networking.k8s.io")):
@@ -112,8 +114,9 @@ def _why_not(job: Job, found: dict[str, Any], state: RolloutState, mode: str, co
             return f"there is no HTTPRoute {api.name}, so nothing splits its traffic"
     except Forbidden:
         if config is None:
-            return "neither HTTPRoutes nor KServe's settings may be read"
-    return _unknown_field(job, StandardCanary(job, found, state))
+            return f"neither HTTPRoutes (option gateway-canary) nor KServe's settings ({_MAY_READ}) may be read"
+    way = StandardCanary(job, found, state)
+    return job.persist(way.too_small) or _unknown_field(job, way)
 
 
 def _unknown_field(job: Job, way: StandardCanary) -> str:

@@ -33,11 +33,12 @@ from haechi.components.deploy.swap import swap
 from haechi.components.shared.model_folder import ModelFolder
 from tests.serving_process import running
 
-__all__ = ["HASTY", "QUICK", "STEPS", "Models", "Place", "may_see_routes", "models", "place", "until"]
+__all__ = ["HASTY", "QUICK", "STEADY", "STEPS", "Models", "Place", "may_see_routes", "models", "place", "until"]
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = Patience(timeout=30, poll=0.05, blocked=0.3)
-HASTY = replace(QUICK, timeout=2)
+HASTY = replace(QUICK, timeout=3)  # for what is waited for in vain
+STEADY = replace(QUICK, blocked=10)  # where the route must be seen to follow
 STEPS = Rollout(steps=(10, 50, 100), bake=0.3, poll=0.05, min_requests=20)
 
 
@@ -167,7 +168,7 @@ def may_see_routes(cluster: ApiServer, namespace: str) -> None:
     cluster.apply({"apiVersion": kind, "kind": "RoleBinding", "metadata": meta, "roleRef": role, "subjects": subjects})
 
 
-def until(is_so: Callable[[], object], seconds: float = 10) -> None:
+def until(is_so: Callable[[], object], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < deadline

@@ -13,6 +13,7 @@ the real one is here on purpose (read in KServe's source, and proven by nothing 
 - Every label and annotation of the InferenceService stands on every pod, stable and canary, unless the predictor has one
   of its own; any change of them is another template, and replaces the pods (`made` tells).
 - What the spec no longer names is deleted before the route learns of it.
+- A Deployment is made with one pod; an autoscaler brings it to minReplicas, at once or `scales_after` some seconds.
 
     with KserveStandIn(server, "models") as kserve:
         kserve.fates["s3://bucket/bad"] = Fate(load_error="no such key")
@@ -73,6 +74,9 @@ class _Rollout:
     since: float
     had_pods: bool
     done: bool = False
+    pods: int = 0
+    ready: int = 0  # of them, before the last change of their number
+    scaled: float = 0.0  # when that was
 
 
 class KserveStandIn:
@@ -86,6 +90,9 @@ class KserveStandIn:
         asleep: the controller is away (Deployments go on).
         gateway: Gateway API is on: an HTTPRoute of the service's name splits traffic between canaries that are ready.
         splits: the route follows canaries, as in KServe after 0.20; 0.20.0 does not split.
+        gateway_sees: the gateway notes on the route which generation of it is in force.
+        scales_after: seconds after which a Deployment has the pods that minReplicas wants.
+        grown: Deployment's name → the pods that its autoscaler makes of it by what there is to do.
         made: each set of pods that was ever made, as its Deployment's name and storageUri.
         pods: a Pod is there of each template that does not get ready, and says why (else there are only Deployments).
     """
@@ -95,7 +102,9 @@ class KserveStandIn:
         self.urls: dict[str, str] = {}
         self.progress_deadline, self.looks_at, self.asleep = progress_deadline, "old", False
         self.gateway = self.pods = False
-        self.splits = True
+        self.splits = self.gateway_sees = True
+        self.scales_after = 0.0
+        self.grown: dict[str, int] = {}
         self.made: list[tuple[str, str]] = []
         self._server, self._namespace = server, namespace
         self._rollouts: dict[str, _Rollout] = {}
@@ -103,6 +112,7 @@ class KserveStandIn:
         self._routes: dict[str, Any] = {}
         self._told: set[str] = set()
         self._made: dict[str, Any] = {}  # of each service, what its Deployments were made from
+        self._wanted: dict[str, tuple[int, float]] = {}  # of each Deployment, its pods, and since when
         self._stop, self._failure = threading.Event(), ""
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -143,18 +153,19 @@ class KserveStandIn:
         names = [service["metadata"]["name"] for service in services]
         for deployment in self._server.get(self._deployments())["items"]:
             if deployment["metadata"]["labels"][_OWNER] in names:
-                self._roll(deployment)
+                self._roll(self._scaled(deployment))
             else:  # Kubernetes collects what a deleted object owned
                 self._delete(deployment["metadata"]["name"])
         if not self.asleep:
             for service in services:
                 if self.gateway:
                     self._write_route(service)
+                    self._see_route(service["metadata"]["name"])
                 self._write_status(service, f"{path}/{service['metadata']['name']}")
 
     def _delete(self, deployment: str) -> None:
         self._server.request("DELETE", f"{self._deployments()}/{deployment}")
-        for known in (self._rollouts, self._before):
+        for known in (self._rollouts, self._before, self._wanted):
             known.pop(deployment, None)
 
     # --- what KServe makes ------------------------------------------------------------------------------------------
@@ -162,7 +173,7 @@ class KserveStandIn:
     def _make_deployments(self, service: dict[str, Any]) -> None:
         name, spec = service["metadata"]["name"], service["spec"]
         stable, canaries = spec["predictor"], spec.get("canary") or []
-        pods = int(stable.get("minReplicas", 1))
+        pods = max(1, int(stable.get("minReplicas", 1)))
         ready = {item["name"] for item in (service.get("status") or {}).get("canaryStatuses", []) if item["ready"]}
         meta = service["metadata"]
         source = (meta["uid"], meta["generation"], ready, meta.get("labels"), meta.get("annotations"))
@@ -197,14 +208,20 @@ class KserveStandIn:
         body = {
             "apiVersion": "apps/v1",
             "kind": "Deployment",
-            "metadata": {"name": name, "namespace": self._namespace, "labels": labels},
+            "metadata": {
+                "name": name,
+                "namespace": self._namespace,
+                "labels": labels,
+                "annotations": service.get("annotations") or {},
+            },
             "spec": {
-                "replicas": predictor["minReplicas"],
                 "selector": {"matchLabels": {"app": labels["app"]}},
                 "template": template,
             },
         }
         self._server.apply(body, manager="kserve")
+        if self._wanted.get(name, (None, 0.0))[0] != predictor["minReplicas"]:
+            self._wanted[name] = (predictor["minReplicas"], time.monotonic())
 
     def _write_route(self, service: dict[str, Any]) -> None:
         name, spec = service["metadata"]["name"], service["spec"]
@@ -229,7 +246,35 @@ class KserveStandIn:
         )
         self._routes[name] = backends
 
+    def _see_route(self, name: str) -> None:
+        """What a gateway writes once it has understood the route as it is now."""
+        path = f"/apis/gateway.networking.k8s.io/v1/namespaces/{self._namespace}/httproutes/{name}"
+        route = self._server.request("GET", path)
+        if not self.gateway_sees or route.status != 200:
+            return
+        generation, before = route.body["metadata"]["generation"], (route.body.get("status") or {}).get("parents")
+        if before and before[0]["conditions"][0]["observedGeneration"] == generation:
+            return
+        (accepted,) = _dated({"Accepted": ("True", "Accepted", "")}, [])
+        told = {"message": "", "observedGeneration": generation}
+        parent = {"parentRef": {"name": "gateway"}, "controllerName": "example.com/gateway"}
+        status = {"parents": [{**parent, "conditions": [accepted | told]}]}
+        answer = self._server.request("PUT", f"{path}/status", {**route.body, "status": status})
+        assert answer.status in (200, 404, 409), answer.message
+
     # --- what Kubernetes does with a Deployment ---------------------------------------------------------------------
+
+    def _scaled(self, deployment: dict[str, Any]) -> dict[str, Any]:
+        """The Deployment with the pods that its autoscaler gives it by now."""
+        name = deployment["metadata"]["name"]
+        pods, since = self._wanted.get(name, (deployment["spec"]["replicas"], 0.0))
+        pods = max(pods, self.grown.get(name, 0))
+        if deployment["spec"]["replicas"] == pods or time.monotonic() - since < self.scales_after:
+            return deployment
+        path = f"{self._deployments()}/{name}?fieldManager=autoscaler"
+        answer = self._server.request("PATCH", path, {"spec": {"replicas": pods}}, kind=_MERGE)
+        assert answer.status in (200, 404), answer.message
+        return answer.body if answer.status == 200 else deployment
 
     def _roll(self, deployment: dict[str, Any]) -> None:
         meta, spec = deployment["metadata"], deployment["spec"]
@@ -241,7 +286,12 @@ class KserveStandIn:
         if self.pods and state == "failing":
             self._write_pod(name, uri)
         rollout.done = rollout.done or state in ("ready", "crashing")
-        status = _deployment_status(spec["replicas"], state, rollout, self.progress_deadline)
+        if rollout.pods != spec["replicas"]:
+            rollout.ready, rollout.scaled = min(rollout.pods, spec["replicas"]), time.monotonic()
+            rollout.pods = spec["replicas"]
+        fate = self.fates.get(rollout.uri, Fate())
+        ready = rollout.pods if fate.state(time.monotonic() - rollout.scaled) == "ready" else rollout.ready
+        status = _deployment_status(rollout.pods, ready, state, rollout, self.progress_deadline)
         status["observedGeneration"] = meta["generation"]
         if status != deployment.get("status"):
             found = self._server.request(
@@ -260,7 +310,8 @@ class KserveStandIn:
             return before
         self.made.append((name, uri))
         had_pods = bool((deployment.get("status") or {}).get("availableReplicas"))
-        return _Rollout(meta["uid"], template, uri, time.monotonic(), had_pods)
+        begun, pods = time.monotonic(), deployment["spec"]["replicas"]
+        return _Rollout(meta["uid"], template, uri, begun, had_pods, pods=pods, scaled=begun)
 
     def _write_pod(self, deployment: str, uri: str) -> None:
         """A pod whose storage initializer fails again and again."""
@@ -365,14 +416,15 @@ def predictor_name(service: str, predictor: str = "") -> str:
 
 def _canary_pods(canary: dict[str, Any], stable: int) -> int:
     own = canary["predictor"].get("minReplicas")
-    return int(own) if own is not None else math.ceil(stable * canary.get("trafficPercent", 0) / 100)
+    # An autoscaler has one at least.
+    return max(1, int(own)) if own is not None else math.ceil(stable * canary.get("trafficPercent", 0) / 100)
 
 
-def _deployment_status(replicas: int, state: str, rollout: _Rollout, deadline: float) -> dict[str, Any]:
+def _deployment_status(replicas: int, ready: int, state: str, rollout: _Rollout, deadline: float) -> dict[str, Any]:
     """Pods and conditions of a rolling update: the old pods go when the new ones are ready, and not before."""
     old = replicas if rollout.had_pods and not rollout.done else 0
     new = replicas if not old else min(replicas, max(1, replicas // 4))
-    good = (replicas if state == "ready" else 0) + old
+    good = (ready if state == "ready" else 0) + old
     status: dict[str, Any] = {"replicas": old + new, "updatedReplicas": new, "readyReplicas": good}
     status |= {"availableReplicas": good, "unavailableReplicas": old + new - good}
     late = not rollout.done and time.monotonic() - rollout.since > deadline

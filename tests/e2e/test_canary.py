@@ -7,18 +7,19 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from canary_world import HASTY, QUICK, STEPS, Models, Place, until
+from canary_world import HASTY, QUICK, STEADY, STEPS, Models, Place, until
 from kserve_stand_in import NEVER, Fate
-from kserve_webhook import MODE
+from kserve_webhook import MODE, KserveWebhook
 from tiny_models import tiny_model_folder
 
-from haechi.components.deploy.inference_service import manifest
+from haechi.components.deploy.inference_service import Patience, manifest
 from haechi.components.deploy.job import Job
 from haechi.components.deploy.kubernetes_api import MANAGER, Conflict
 from haechi.components.deploy.lease import Busy, Lease, LeaseLost
@@ -103,6 +104,88 @@ def test_all_traffic_is_with_the_canary_before_the_former_goes(
     until(lambda: place.only(models.new))
 
 
+def test_a_canary_has_its_pods_before_it_has_their_traffic(
+    place: Place, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.deploy(models.old)
+    place.apply_as("operations", {"predictor": {"minReplicas": 3}})
+    place.kserve.scales_after = 0.5
+    canary, apply, pods = f"entrance-v-{models.new.version}-predictor", Job.apply, {}
+
+    def watch(job: Job, body: dict[str, Any], state: RolloutState) -> None:
+        found = place.kserve.deployment(canary)
+        for entry in body["spec"].get("canary") or []:
+            if found and entry["trafficPercent"] > place.shares().get(canary, 0):
+                pods[entry["trafficPercent"]] = found["status"]["availableReplicas"]
+        apply(job, body, state)
+
+    monkeypatch.setattr(Job, "apply", watch)
+    assert place.deploy(models.new, STEPS) == "canary"
+    assert pods == {10: 1, 50: 2, 100: 3}
+    until(lambda: place.only(models.new))
+
+
+def test_a_service_that_has_grown_does_not_shrink_to_a_canary(
+    place: Place, models: Models, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.deploy(models.old)
+    stable, canary = "entrance-predictor", f"entrance-v-{models.new.version}-predictor"
+    grown(place, stable)
+    with pytest.raises(
+        DeployRefused, match="the stable model has 3 pods now, and a canary no more than minReplicas, 1"
+    ):
+        place.deploy(models.new, replace(STEPS, strategy="canary"))
+    assert place.deploy(models.new) == "shadow"
+    assert "NO CANARY: the stable model has 3 pods now" in capsys.readouterr().err
+    found = place.kserve.deployment(stable)
+    assert found is not None
+    assert found["status"]["availableReplicas"] == 3, "all of them were replaced, none was taken"
+    # And where it grows while a canary is under way, the canary gets no more of the traffic.
+    del place.kserve.grown[stable]
+    until(lambda: _pods(place, stable) == 1)
+    place.network.watch = lambda path: grown(place, stable) if place.shares().get(canary) == 10 else None
+    canary = f"entrance-v-{models.old.version}-predictor"
+    with pytest.raises(
+        DeployError, match=r"before 50 % of traffic: the stable model has 3 pods .*all traffic"
+    ) as caught:
+        place.deploy(models.old)
+    assert "minReplicas" in caught.value.remedy
+    until(lambda: place.only(models.new))
+
+
+def grown(place: Place, deployment: str) -> None:
+    place.kserve.grown[deployment] = 3
+    until(lambda: _pods(place, deployment) == 3)
+
+
+def _pods(place: Place, deployment: str) -> int:
+    found = place.kserve.deployment(deployment)
+    return int(found["status"]["availableReplicas"]) if found else 0
+
+
+def test_an_autoscaler_that_knows_the_deployment_by_name_keeps_it(
+    place: Place, models: Models, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A canary is promoted under a name of its own, which such a one does not scale."""
+    place.deploy(models.old)
+    notes = {"metadata": {"annotations": {"serving.kserve.io/autoscalerClass": "external"}}}
+    kind = "application/merge-patch+json"
+    assert place.cluster.request("PATCH", place._path("entrance"), notes, kind=kind).status == 200
+    until(lambda: "external" in str((place.kserve.deployment("entrance-predictor") or {})["metadata"]["annotations"]))
+    until(lambda: place.only(models.old))
+    assert place.deploy(models.new) == "shadow"
+    assert "NO CANARY: serving.kserve.io/autoscalerClass is 'external'" in capsys.readouterr().err
+    assert place.kserve.deployment("entrance-predictor")
+
+
+def test_a_service_that_may_have_no_pod_gets_its_canary(place: Place, models: Models) -> None:
+    """KServe refuses a canary with more pods than minReplicas, which is 0 here."""
+    place.deploy(models.old)
+    place.apply_as("operations", {"predictor": {"minReplicas": 0}})
+    assert place.deploy(models.new, replace(STEPS, steps=(50,))) == "canary"
+    until(lambda: place.only(models.new))
+
+
 def test_no_traffic_is_with_a_worse_canary_when_it_goes(
     serving_old: Place, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +199,7 @@ def test_no_traffic_is_with_a_worse_canary_when_it_goes(
 
     monkeypatch.setattr(Job, "apply", watch)
     with pytest.raises(DeployError, match="requests failed"):
-        serving_old.deploy(models.new, replace(STEPS, steps=(50,), bake=1.0))
+        serving_old.deploy(models.new, replace(STEPS, steps=(50,), bake=1.0), STEADY)
     assert shares == [{"entrance-predictor": 100, f"entrance-v-{models.new.version}-predictor": 0}]
 
 
@@ -156,7 +239,11 @@ def mad_under_traffic(place: Place, models: Models) -> None:
 
 
 def crashing_under_traffic(place: Place, models: Models) -> None:
-    place.kserve.fates[models.uri(models.new)] = Fate(ready_after=0.1, fails_after=1.5)
+    def watch(path: str) -> None:
+        if place.shares().get(f"entrance-v-{models.new.version}-predictor"):
+            place.kserve.fates[models.uri(models.new)] = Fate(ready_after=0.0, fails_after=0.0)
+
+    place.network.watch = watch
 
 
 def route_that_stays(place: Place, models: Models) -> None:
@@ -171,33 +258,42 @@ def route_that_stays(place: Place, models: Models) -> None:
     place.network.watch = watch
 
 
+def gateway_that_sleeps(place: Place, models: Models) -> None:
+    place.kserve.gateway_sees = False
+
+
 def sleeping_controller(place: Place, models: Models) -> None:
     place.kserve.asleep = True
-    threading.Timer(3.5, lambda: setattr(place.kserve, "asleep", False)).start()
 
 
+# Those that are waited for in vain have little patience; the others must not depend on haste.
 WORSE = [
-    (never_ready, r"did not become ready in .* s: 0 of 1 pods"),
-    (unreachable_storage, r"storage-initializer: CrashLoopBackOff NoSuchKey: model\.onnx"),
-    (another_model_answers, r"serves model {old}, not {new}"),
-    (many_failures, r"at 10 % of traffic: \d\d\.\d% of the canary's \d+ requests failed, [01]\.\d% of the stable"),
-    (mad_under_traffic, r"answered 500: the graph went mad"),
-    (crashing_under_traffic, r"the canary is no longer ready: .*0 of 1 pods"),
-    (route_that_stays, r"HTTPRoute entrance gives it \[0\], not 10 %"),
-    (sleeping_controller, r"controller has not looked at it yet"),
+    (never_ready, HASTY, r"did not become ready in .* s: 0 of 1 pods"),
+    (unreachable_storage, QUICK, r"storage-initializer: CrashLoopBackOff NoSuchKey: model\.onnx"),
+    (another_model_answers, QUICK, r"serves model {old}, not {new}"),
+    (
+        many_failures,
+        QUICK,
+        r"at 10 % of traffic: \d\d\.\d% of the canary's \d+ requests failed, [01]\.\d% of the stable",
+    ),
+    (mad_under_traffic, QUICK, r"answered 500: the graph went mad"),
+    (crashing_under_traffic, QUICK, r"the canary is no longer ready: .*0 of 1 pods"),
+    (route_that_stays, HASTY, r"HTTPRoute entrance gives it \[0\], not 10 %"),
+    (gateway_that_sleeps, HASTY, r"HTTPRoute entrance gives it \[10\], and the gateway has not seen its last change"),
+    (sleeping_controller, HASTY, r"controller has not looked at it yet"),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "message"), WORSE, ids=[spoil.__name__ for spoil, _ in WORSE])
+@pytest.mark.parametrize(("spoil", "patience", "message"), WORSE, ids=[spoil.__name__ for spoil, *_ in WORSE])
 def test_a_worse_canary_is_withdrawn_and_the_next_run_goes_on(
-    place: Place, models: Models, spoil: Callable[[Place, Models], None], message: str
+    place: Place, models: Models, spoil: Callable[[Place, Models], None], patience: Patience, message: str
 ) -> None:
     place.deploy(models.old)
     until(lambda: place.only(models.old))
     spoil(place, models)
     message = message.replace("{old}", models.old.version).replace("{new}", models.new.version)
     with pytest.raises(DeployError, match=message) as caught:
-        place.deploy(models.new, replace(STEPS, bake=2.0), HASTY)
+        place.deploy(models.new, replace(STEPS, bake=0.5 if spoil is many_failures else 10.0), patience)
     assert f"{models.uri(models.old)} has all traffic again" in str(caught.value)
     assert caught.value.remedy
     state = place.state()
@@ -211,7 +307,7 @@ def test_a_worse_canary_is_withdrawn_and_the_next_run_goes_on(
 
 def mend(place: Place, models: Models) -> None:
     place.kserve.fates.clear()
-    place.kserve.gateway, place.kserve.asleep = True, False
+    place.kserve.gateway, place.kserve.gateway_sees, place.kserve.asleep = True, True, False
     place.network.failing, place.network.broken = {}, {}
     place.network.watch = lambda path: None
     place.network._runtimes = dict(models.urls)
@@ -335,7 +431,7 @@ def killed_at(place: Place, model: ModelFolder, phase: str, traffic: int = 0, **
         finally:
             os._exit(0)
     try:
-        until(lambda: (place.state().phase, place.state().traffic) == (phase, traffic), 20)
+        until(lambda: (place.state().phase, place.state().traffic) == (phase, traffic))
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -353,7 +449,7 @@ def test_a_repeated_step_goes_on_where_it_was_killed(place: Place, models: Model
 
 def test_another_run_waits_for_the_lease_and_cleans_up(place: Place, models: Models) -> None:
     place.deploy(models.old)
-    killed_at(place, models.newest, "canary", patience=replace(QUICK, lease=2))
+    killed_at(place, models.newest, "canary", patience=replace(QUICK, lease=4))
     with pytest.raises(Busy, match="killed is deploying"):
         place.deploy(models.new, owner="next")
     until(lambda: not _busy(place))
@@ -545,6 +641,29 @@ def test_a_canary_that_is_asked_for_by_name_is_refused(
         place.cluster.request("DELETE", "/api/v1/namespaces/kserve/configmaps/inferenceservice-config")
     assert "gateway-canary" in caught.value.remedy
     assert place.service()["metadata"]["generation"] == generation
+
+
+def no_rights(place: Place, webhook: KserveWebhook) -> str:
+    path = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{place.namespace}/rolebindings/routes"
+    assert place.cluster.request("DELETE", path).status == 200
+    return "neither HTTPRoutes .option gateway-canary. nor KServe's settings"
+
+
+def no_mode(place: Place, webhook: KserveWebhook) -> str:
+    """KServe has never looked at the service, and wrote its mode nowhere."""
+    webhook.mode, place.kserve.asleep = "", True
+    return "KServe's mode is not known yet; it may stand in KServe's settings, which cannot be read"
+
+
+@pytest.mark.parametrize("spoil", [no_rights, no_mode])
+def test_where_a_right_keeps_the_canary_away_its_role_is_named(
+    place: Place, models: Models, webhook: KserveWebhook, spoil: Callable[[Place, KserveWebhook], str]
+) -> None:
+    expected = spoil(place, webhook)
+    with suppress(DeployError):
+        place.deploy(models.old, patience=HASTY)
+    with pytest.raises(DeployRefused, match=rf"{expected} \(Role haechi-kserve-mode of manifests/base/kserve\)"):
+        place.deploy(models.new, replace(STEPS, strategy="canary"))
 
 
 def test_a_kserve_without_canaries_is_noticed(serving_old: Place, models: Models) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from canary_world import QUICK, STEPS, Models, Place, until
+from canary_world import STEADY, STEPS, Models, Place, until
 
 from haechi.components.deploy.rollout_state import STATE
 from haechi.components.shared.errors import DeployError
@@ -116,9 +116,9 @@ def test_killed_after_any_write_and_run_again_ends_as_if_never_killed(
     with users(place, models) as wrong:
         for writes in [MOST, *range(1, MOST)]:
             place.network.asked.clear()
-            killed = killed_after(writes, partial(place.deploy, comes, rollout, owner="run"))
+            killed = killed_after(writes, partial(place.deploy, comes, rollout, STEADY, owner="run"))
             if killed:
-                place.deploy(comes, rollout, owner="run")
+                place.deploy(comes, rollout, STEADY, owner="run")
             wait_for(place, comes)
             ends[writes] = end_of(place, there, comes)
             if writes < MOST and not killed:
@@ -138,10 +138,10 @@ def test_killed_after_any_write_another_model_can_be_deployed(place: Place, mode
     wait_for(place, models.old)
     with users(place, models) as wrong:
         for writes in range(1, MOST):
-            if not killed_after(writes, partial(place.deploy, models.new, rollout, owner="run")):
+            if not killed_after(writes, partial(place.deploy, models.new, rollout, STEADY, owner="run")):
                 break
             reached += 1
-            place.deploy(models.old, rollout, owner="run")
+            place.deploy(models.old, rollout, STEADY, owner="run")
             wait_for(place, models.old)
             assert (place.state().phase, place.state().version) == ("done", models.old.version)
             assert not place.there("entrance-shadow")
@@ -156,11 +156,11 @@ def test_killed_after_any_write_of_a_withdrawal_it_is_withdrawn_by_the_next_run(
     rollout, reached = replace(SHORT, bake=0.1, min_requests=1), 0
     with users(place, models) as wrong:
         for writes in range(1, MOST):
-            if not killed_after(writes, partial(place.deploy, models.new, rollout, owner="run")):
+            if not killed_after(writes, partial(place.deploy, models.new, rollout, STEADY, owner="run")):
                 break
             reached += 1
             with pytest.raises(DeployError, match="requests failed"):
-                place.deploy(models.new, rollout, QUICK, owner="run")
+                place.deploy(models.new, rollout, STEADY, owner="run")
             until(lambda: place.only(models.old))
             assert place.state().phase == "failed"
     assert reached >= 4

@@ -31,6 +31,7 @@ from haechi.components.deploy.job import Job
 from haechi.components.deploy.kubernetes_api import MANAGER, InferenceServiceApi
 from haechi.components.deploy.lease import Lease
 from haechi.components.deploy.rollout import Rollout
+from haechi.components.deploy.rollout_state import RolloutState
 from haechi.components.deploy.swap import swap
 from haechi.components.shared.errors import DeployError
 from haechi.components.shared.model_folder import ModelFolder
@@ -44,6 +45,7 @@ PATH = f"/apis/serving.kserve.io/v1beta1/namespaces/{NAMESPACE}/inferenceservice
 # A machine that has much else to do takes seconds for what takes a tenth of one else.
 PATIENCE = Patience(timeout=60, poll=0.2, blocked=5)
 STEPS = Rollout(steps=(10, 100), bake=0.5, poll=0.2)
+SPLITS_NOTHING = "this KServe has spec.canary, and no traffic follows it (0.20)"
 
 
 @dataclass
@@ -79,6 +81,17 @@ class Place:
         rules = self.server.get(path)["spec"]["rules"]
         names = {item["name"] for rule in rules for item in rule["backendRefs"] if item["weight"]}
         return {Endpoints(self.server, NAMESPACE).serving(name) for name in names}
+
+    def available(self, deployment: str) -> int:
+        """The pods of a Deployment that serve."""
+        found = self.server.request("GET", f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments/{deployment}")
+        return int((found.body.get("status") or {}).get("availableReplicas") or 0)
+
+    def operations(self, predictor: dict[str, Any]) -> None:
+        """What a person sets beside the model."""
+        meta = {"name": "entrance", "namespace": NAMESPACE}
+        kind = {"apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService"}
+        self.server.apply({**kind, "metadata": meta, "spec": {"predictor": predictor}}, manager="operations")
 
     def named(self, kind: str) -> list[str]:
         """The names of all objects of a kind that KServe made here."""
@@ -146,6 +159,8 @@ def place(world: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", config)
     yield world
     world.kubelet.fates.clear()
+    world.network.broken.clear()
+    world.network.watch = lambda path: None
     world.server.request("DELETE", f"{PATH}/entrance")
     until(lambda: not world.named("pods") and not world.named("httproutes"))
 
@@ -191,10 +206,54 @@ def test_traffic_follows_the_steps_where_kserve_splits_it(place: Place) -> None:
     place.deploy("old")
     place.gateway.history.clear()
     if place.deploy("new") == "shadow":
-        pytest.skip("this KServe has spec.canary, and no traffic follows it (0.20)")
+        pytest.skip(SPLITS_NOTHING)
     canary = f"entrance-v-{place.models['new'].version}-predictor"
     shares = [weights.get(canary) for weights in place.gateway.history["entrance"]]
     assert [share for share in shares if share is not None][:3] == [0, 10, 100]
+
+
+def test_a_canary_has_its_pods_before_it_has_their_traffic(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Deployment has one pod at first; the autoscaler that KServe makes for it brings the other."""
+    place.deploy("old")
+    place.operations({"minReplicas": 2})
+    until(lambda: place.available("entrance-predictor") == 2)
+    canary, apply, pods = f"entrance-v-{place.models['new'].version}-predictor", Job.apply, {}
+
+    def watch(job: Job, body: dict[str, Any], state: RolloutState) -> None:
+        if state.phase == "canary" and state.traffic:
+            pods.setdefault(state.traffic, place.available(canary))
+        apply(job, body, state)
+
+    monkeypatch.setattr(Job, "apply", watch)
+    if place.deploy("new") == "shadow":
+        pytest.skip(SPLITS_NOTHING)
+    assert pods == {10: 1, 100: 2}
+    assert place.served() == {place.uri("new")}
+
+
+def test_a_worse_canary_loses_its_traffic_before_its_pods_go(place: Place) -> None:
+    place.deploy("old")
+    canary, history = f"entrance-v-{place.models['new'].version}-predictor", place.gateway.history
+
+    def go_mad(path: str) -> None:
+        if canary in path and history["entrance"][-1].get(canary):
+            place.network.broken[place.uri("new")] = 500
+
+    history.clear()
+    place.network.watch = go_mad
+    try:
+        place.deploy("new", strategy="canary")
+        pytest.fail("it was not withdrawn")
+    except DeployError as error:
+        if "traffic does not follow it" in str(error):
+            pytest.skip(SPLITS_NOTHING)
+        assert "the graph went mad" in str(error)
+        assert "has all traffic again" in str(error)
+    until(lambda: canary not in history["entrance"][-1])
+    shares = [weights[canary] for weights in history["entrance"] if canary in weights]
+    assert shares == [0, 10, 0]
+    assert place.served() == {place.uri("old")}
+    until(lambda: place.named("deployments") == ["entrance-predictor"])
 
 
 # --- each of these ends with the old model serving, and a reason ------------------------------------------------------
