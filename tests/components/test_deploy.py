@@ -689,7 +689,7 @@ def test_a_first_model_that_is_never_ready_stays_to_be_looked_at(world: World, c
     model = world.model()
     cluster.outcomes[uri_of(world, model.version)] = "InProgress"
     with pytest.raises(DeployError, match=r"did not become ready in .*PredictorReady is False.*no model before it"):
-        world.deploy(target=SERVICE, patience=replace(QUICK, timeout=0.3))
+        world.deploy(target=SERVICE, patience=replace(QUICK, timeout=1.5))
     assert world.alias("champion") == ""
 
 
@@ -697,7 +697,7 @@ def test_a_controller_that_never_looks_is_told(world: World, cluster: ClusterSta
     world.model()
     cluster.delay = 10_000
     with pytest.raises(DeployError, match="controller has not looked at it yet"):
-        world.deploy(target=SERVICE, patience=replace(QUICK, timeout=0.3))
+        world.deploy(target=SERVICE, patience=replace(QUICK, timeout=1.5))
 
 
 def test_a_canary_under_way_is_not_overrun(world: World, cluster: ClusterStandIn) -> None:

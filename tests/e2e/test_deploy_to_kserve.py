@@ -28,7 +28,7 @@ from haechi.components.shared.tracking import Tracker
 pytestmark = pytest.mark.e2e
 
 QUICK = Patience(timeout=60, poll=0.05, blocked=0.3)
-HASTY = replace(QUICK, timeout=1.5)
+HASTY = replace(QUICK, timeout=3)  # for what is waited for in vain
 SERVING = "entrance-predictor"
 OLD, NEW = "s3://models/entrance/old", "s3://models/entrance/new"
 
@@ -76,7 +76,7 @@ def serving_old(deployer: Deployer, kserve: KserveStandIn) -> Iterator[Deployer]
     """A deployer where OLD is served, and must be served again when the test ends."""
     deployer.roll_out(OLD)
     yield deployer
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while (kserve.serving(SERVING), deployer.names()) != (OLD, OLD):
         assert time.monotonic() < deadline, f"{kserve.serving(SERVING)} serves, {deployer.names()} is named"
         time.sleep(0.05)
@@ -189,28 +189,28 @@ def test_the_step_moves_the_alias_only_once_the_new_pods_serve(
 
 
 @pytest.mark.parametrize(
-    ("fate", "looks_at", "message"),
+    ("fate", "looks_at", "patience", "message"),
     [
-        (NEVER, "old", r"did not become ready in .* s: .*0 of 1 pods"),
-        (NEVER, "new", r"did not become ready in .* s: .*0 of 1 pods"),
-        (Fate(load_error="NoSuchKey: model.onnx"), "new", "NoSuchKey: model.onnx"),
-        (Fate(load_error="NoSuchKey: model.onnx"), "old", "0 of 1 pods"),
+        (NEVER, "old", HASTY, r"did not become ready in .* s: .*0 of 1 pods"),
+        (NEVER, "new", HASTY, r"did not become ready in .* s: .*0 of 1 pods"),
+        (Fate(load_error="NoSuchKey: model.onnx"), "new", QUICK, "NoSuchKey: model.onnx"),
+        (Fate(load_error="NoSuchKey: model.onnx"), "old", HASTY, "0 of 1 pods"),
     ],
     ids=["never", "never, told of the new pod", "unloadable, told of the new pod", "unloadable"],
 )
 def test_a_model_that_is_never_ready_is_rolled_back(
-    serving_old: Deployer, kserve: KserveStandIn, fate: Fate, looks_at: str, message: str
+    serving_old: Deployer, kserve: KserveStandIn, fate: Fate, looks_at: str, patience: Patience, message: str
 ) -> None:
     kserve.fates[NEW], kserve.looks_at = fate, looks_at
     with pytest.raises(DeployError, match=message) as caught:
-        serving_old.roll_out(NEW, HASTY)
+        serving_old.roll_out(NEW, patience)
     assert f"{OLD} was put back" in str(caught.value)
 
 
 def test_the_deployments_deadline_is_told(serving_old: Deployer, kserve: KserveStandIn) -> None:
     kserve.fates[NEW], kserve.progress_deadline = NEVER, 0.3
     with pytest.raises(DeployError, match="ProgressDeadlineExceeded"):
-        serving_old.roll_out(NEW, HASTY)
+        serving_old.roll_out(NEW)
 
 
 def test_a_controller_that_is_away_is_told(serving_old: Deployer, kserve: KserveStandIn) -> None:
@@ -280,9 +280,17 @@ def test_a_service_that_is_deleted_meanwhile_is_not_made_again(deployer: Deploye
     deployer.roll_out(OLD)
     kserve.fates[NEW] = NEVER
     path = f"/apis/serving.kserve.io/v1beta1/namespaces/{deployer.namespace}/inferenceservices/entrance"
-    threading.Timer(1.0, lambda: deployer.cluster.request("DELETE", path)).start()
+
+    def delete() -> None:
+        while deployer.names() != NEW:
+            time.sleep(0.02)
+        deployer.cluster.request("DELETE", path)
+
+    thread = threading.Thread(target=delete)
+    thread.start()
     with pytest.raises(DeployError, match=r"deleted while .* was rolled out\. It names no model now"):
         deployer.roll_out(NEW)
+    thread.join()
     assert deployer.cluster.request("GET", path).status == 404
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from api_server import ApiServer
+from canary_world import until
 from kserve_stand_in import NEVER, KserveStandIn
 from kserve_webhook import KserveWebhook
 from pod_network import PodNetwork
@@ -173,13 +173,6 @@ def route(world: World) -> str:
     return str(world.cluster.request("GET", path).body.get("kind"))
 
 
-def until(is_so: Callable[[], object], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 # --- the reconciler ---------------------------------------------------------------------------------------------------
 
 
@@ -251,10 +244,10 @@ def test_a_missing_right_is_no_fault_of_the_model(world: World) -> None:
     reading = {"apiGroups": ["serving.kserve.io"], "resources": ["inferenceservices"], "verbs": ["get"]}
     cluster.request("PATCH", path, {"rules": [*less, reading]}, kind="application/merge-patch+json")
     world.champion_is("second")
-    until(lambda: "cannot be followed now: we may not patch" in world.round(), 20)
+    until(lambda: "cannot be followed now: we may not patch" in world.round())
     assert world.serving() == "first"
     cluster.request("PATCH", path, {"rules": role["rules"]}, kind="application/merge-patch+json")
-    until(lambda: world.round().endswith((" serves", "is what the target names")), 20)
+    until(lambda: world.round().endswith((" serves", "is what the target names")))
     until(lambda: world.serving() == "second")
 
 
@@ -376,7 +369,7 @@ def test_rollback_takes_a_running_canary_over(world: World) -> None:
     def deploying() -> None:
         try:
             world.promote(
-                "second", world.target, rollout=replace(world.rollout, bake=60.0), patience=replace(QUICK, lease=1)
+                "second", world.target, rollout=replace(world.rollout, bake=60.0), patience=replace(QUICK, lease=5)
             )
         except DeployError as error:
             failed.append(error)
