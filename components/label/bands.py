@@ -7,32 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ..shared.dataset import Box
 from ..shared.detections import box_iou
-from ..shared.errors import InputError
+from .parameters import Band
 
-__all__ = ["CONFLICT_IOU", "WHOLE_IMAGE", "Band", "Decision", "decide", "parse_bands"]
+__all__ = ["CONFLICT_IOU", "WHOLE_IMAGE", "Decision", "decide"]
 
-DEFAULT = "default"
 CONFLICT_IOU = 0.7  # two classes at one place: at least one of them is wrong
 WHOLE_IMAGE = 0.98  # share of the picture above which a box is more often a glitch than an object
-
-
-@dataclass(frozen=True)
-class Band:
-    """The doubtful range of one class's scores: `low` ≤ score < `high`."""
-
-    low: float
-    high: float
-
-    def uncertainty(self, score: float) -> float:
-        """How near `score` lies to the band's middle: 1 there, 0 at its edges and outside."""
-        half = (self.high - self.low) / 2
-        return max(0.0, 1 - abs(score - self.low - half) / half) if half > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -50,42 +35,6 @@ class Decision:
     boxes: tuple[Box, ...] = ()
     reason: str = ""
     priority: float = 0.0
-
-
-def parse_bands(bands: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Band]:
-    """Check the parameter `bands` and give every class its band.
-
-    Args:
-        bands: `{"default": [low, high], "<class>": [low, high]}`; `default` is for the classes that are not named.
-        classes: ordered class names.
-
-    Raises:
-        InputError: an unknown class, a class without a band, or a band that is not 0 ≤ low ≤ high ≤ 1.
-    """
-    unknown = sorted(set(bands) - {DEFAULT, *classes})
-    if unknown:
-        raise InputError(
-            f"bands names {', '.join(map(repr, unknown))}, which is no class", f"Use {', '.join([DEFAULT, *classes])}."
-        )
-    parsed = {name: _band(name, value) for name, value in bands.items()}
-    missing = [name for name in classes if name not in parsed and DEFAULT not in parsed]
-    if missing:
-        raise InputError(
-            f"bands has neither {DEFAULT!r} nor an entry for {', '.join(map(repr, missing))}",
-            'Add "default": [low, high].',
-        )
-    return {name: parsed[name] if name in parsed else parsed[DEFAULT] for name in classes}
-
-
-def _band(name: str, value: Any) -> Band:
-    numbers = list(value) if isinstance(value, list | tuple) else []
-    numeric = all(isinstance(item, int | float) and not isinstance(item, bool) for item in numbers)
-    if len(numbers) != 2 or not numeric or not 0 <= numbers[0] <= numbers[1] <= 1:
-        raise InputError(
-            f"bands[{name!r}] is {value!r}, not [low, high] with 0 ≤ low ≤ high ≤ 1",
-            "Write it like [0.25, 0.6]: review from 0.25 on, accept from 0.6 on.",
-        )
-    return Band(float(numbers[0]), float(numbers[1]))
 
 
 def decide(boxes: Sequence[Box], bands: Mapping[str, Band], width: int, height: int) -> Decision:

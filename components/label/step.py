@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from ..shared.dataset import Frame, LabelledFrame, read_rows, write_export
-from ..shared.errors import InputError
 from ..shared.files import check_classes, write_json
 from ..shared.model_folder import model_cache
 from ..shared.progress import Progress, say
 from ..shared.settings import Settings
 from ..shared.storage import Store, ordered_map
-from .bands import Band, Decision, decide, parse_bands
+from .bands import Decision, decide
 from .collect import Exported, close_finished, collect, read_exported
+from .parameters import UNLIMITED, Band, check_review_limit, parse_bands
 from .tasks import ReviewTask, answered, open_frames, put_task, read_tasks, to_millis
 from .teacher import Teacher, load_teacher, propose
 
 __all__ = ["LabelResult", "label"]
 
-_UNLIMITED = -1
 _NO_TEACHER = Decision("review", reason="no teacher", priority=1.0)
 
 
@@ -95,7 +94,7 @@ def label(
     """
     moment = to_millis(now or datetime.now(UTC))
     check_classes(classes)
-    _check_limit(review_limit)
+    check_review_limit(review_limit)
     limits = parse_bands(bands, classes)
     rows = list({row.sha256: row for row in read_rows(frames / "frames.parquet", Frame)}.values())
     store = Store(settings)
@@ -114,11 +113,6 @@ def label(
         f"{result.waiting} waiting, {result.reviewed} reviewed"
     )
     return result
-
-
-def _check_limit(review_limit: int) -> None:
-    if review_limit < _UNLIMITED or review_limit != int(review_limit):
-        raise InputError(f"review_limit is {review_limit}", "Give a whole number, or -1 for no limit.")
 
 
 @dataclass(frozen=True)
@@ -206,7 +200,7 @@ class _Work:
         fresh = sorted(
             (task for task in doubtful if task.sha256 not in tasks), key=lambda task: (-task.priority, task.sha256)
         )
-        if self.review_limit != _UNLIMITED:
+        if self.review_limit != UNLIMITED:
             fresh = fresh[: max(0, self.review_limit - len(open_frames(self.store)))]
         for _ in ordered_map(partial(put_task, self.store), [*again, *fresh], self.store.settings.workers):
             pass

@@ -17,6 +17,7 @@ from ..shared.images import decode
 from ..shared.model_folder import ModelFolder, fetch_model
 from ..shared.progress import say
 from ..shared.storage import Store, ordered_map
+from .parameters import check_class_map
 
 __all__ = ["Teacher", "load_teacher", "map_classes", "propose", "translate"]
 
@@ -90,12 +91,7 @@ def map_classes(theirs: Sequence[str], ours: Sequence[str], class_map: Mapping[s
     Raises:
         InputError: `class_map` leads to a class that is not ours, or nothing maps.
     """
-    strange = sorted({str(target) for target in class_map.values()} - {"", *ours})
-    if strange:
-        raise InputError(
-            f"class_map leads to {', '.join(map(repr, strange))}, which is no class of ours",
-            f"Map to one of {', '.join(ours)}.",
-        )
+    check_class_map(class_map, ours)
     absent = sorted(set(class_map) - set(theirs))
     if absent:
         say(f"class_map: the teacher has no class {', '.join(absent)}")

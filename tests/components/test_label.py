@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from label_world import CLASSES, NOW, World, painted, put_frame, snapshot
 
-from haechi.components.label.bands import Band, decide, parse_bands
+from haechi.components.label.bands import decide
 from haechi.components.label.collect import clear, find_answers
+from haechi.components.label.parameters import Band, parse_bands
 from haechi.components.label.review import accept_proposals, answer, list_tasks
 from haechi.components.label.step import LabelResult
 from haechi.components.label.teacher import Teacher, map_classes, translate
