@@ -471,6 +471,14 @@ def test_mlflow_takes_its_arguments_and_the_names_it_is_called_by() -> None:
     assert box["image"].endswith(f":v{pinned[1]}-full")
 
 
+def test_label_studio_tells_nobody_outside_that_it_runs() -> None:
+    (pod,) = (pod for pod in pods(render("components/label-studio")) if pod.owner.endswith("label-studio"))
+    (box,) = pod.spec["containers"]
+    told = {entry["name"]: entry["value"] for entry in box["env"] if "value" in entry}
+    off = {"COLLECT_ANALYTICS": "false", "LATEST_VERSION_CHECK": "false", "SENTRY_DSN": "", "FRONTEND_SENTRY_DSN": ""}
+    assert off.items() <= told.items()
+
+
 # ---- the InferenceService that deploy makes
 
 _PATHS: dict[str, Object] = openapi("safety", guarded=False)["paths"]
