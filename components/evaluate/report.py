@@ -20,7 +20,8 @@ from ..shared.model_folder import ModelFolder
 from .ap import pr_curve
 from .bootstrap import Interval
 from .charts import confusion_table, forest, marks, pr_chart
-from .gate import Comparison, Gate, Judgement
+from .gate import Comparison, Judgement
+from .parameters import Gate
 from .pictures import KINDS, Picture
 from .score import BACKGROUND, ClassScore, ModelScore
 from .style import STYLE

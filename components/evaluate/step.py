@@ -22,7 +22,8 @@ from ..shared.progress import say
 from ..shared.settings import Settings
 from ..shared.storage import Store
 from .frames import detect_all, test_frame
-from .gate import Comparison, Gate, Judgement, compare, judge
+from .gate import Comparison, Judgement, compare, judge
+from .parameters import Gate
 from .pictures import draw, worst
 from .report import DatasetFacts, Evaluation, render
 from .score import BACKGROUND, ModelScore, TestFrame, confusion_matrix, remap, score_model

@@ -20,9 +20,10 @@ from ..shared.storage import Store
 from ..shared.yolo import tame
 from .golden import Picture, choose_rows, from_data, from_files, from_store
 from .graph import Checkpoint, torch_detector, write_onnx
+from .parameters import check_golden_images, check_iou, spread_thresholds
 from .proof import SPARE, prove
 
-__all__ = ["ExportResult", "export", "export_checkpoint", "spread_thresholds"]
+__all__ = ["ExportResult", "export", "export_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def export(
         IntegrityError: a checkpoint folder without its files.
         ModelError: the network cannot be exported, or its graph gives other boxes than the checkpoint.
     """
-    _check_count(golden_images)
+    check_golden_images(golden_images)
+    check_iou(iou)
     folder, best = _best(checkpoints)
     pictures: list[Picture] = []
     if dataset is not None and golden_images > 0:
@@ -145,32 +147,12 @@ def export_checkpoint(
     """
     if images and data:
         raise InputError("both images and a data.yaml are given", "Give one of --images and --data.")
-    _check_count(golden_images)
+    check_golden_images(golden_images)
+    check_iou(iou)
     wanted = SPARE * golden_images
     pictures = from_files(images, wanted) if images else from_data(data, wanted) if data else []
     limits = {"default": 0.25} if thresholds is None else thresholds
     return _write(checkpoint, out, name, pictures, golden_images, imgsz, limits, iou, _Origin(), threads)[0]
-
-
-def spread_thresholds(thresholds: Mapping[str, Any], classes: Sequence[str]) -> dict[str, float]:
-    """One confidence per class from `{"default": x, "<class>": y}`.
-
-    Raises:
-        InputError: a class that the model lacks, a value outside 0 to 1, or a class that is left without one.
-    """
-    unknown = sorted(set(thresholds) - set(classes) - {"default"})
-    if unknown:
-        raise InputError(
-            f"thresholds name classes that the model lacks: {', '.join(unknown)}",
-            f"It has {', '.join(classes)}; give others by `default`.",
-        )
-    for key, value in thresholds.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise InputError(f"threshold of {key} is {value!r}", "Give a number from 0 to 1.")
-    lacking = [item for item in classes if item not in thresholds and "default" not in thresholds]
-    if lacking:
-        raise InputError(f"thresholds say nothing of {', '.join(lacking)}", "Add them, or a `default`.")
-    return {item: float(thresholds.get(item, thresholds.get("default"))) for item in classes}
 
 
 def _best(checkpoints: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
@@ -194,11 +176,6 @@ def _best(checkpoints: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
     return min(trained, key=lambda item: (-item[1]["map50_95"], str(item[1]["name"])))
 
 
-def _check_count(golden_images: int) -> None:
-    if golden_images < 0:
-        raise InputError(f"golden_images is {golden_images}", "Give 0 or more.")
-
-
 def _write(
     source: Path,
     out: Path,
@@ -212,8 +189,6 @@ def _write(
     threads: int,
 ) -> tuple[ModelFolder, bool | None]:
     check_name(name)
-    if not 0 < iou <= 1:
-        raise InputError(f"iou is {iou!r}", "Give a number above 0 and up to 1.")
     tame(threads)
     checkpoint = Checkpoint(source)
     limits = spread_thresholds(thresholds, checkpoint.classes)

@@ -18,9 +18,10 @@ from ..shared.images import MAX_BYTES
 from ..shared.progress import Progress, say
 from ..shared.storage import ObjectMissing, Store, ordered_map
 from .dedup import Choice, Kept, Known, choose
+from .parameters import Quality, Source, iso_time
 from .pattern import Place
-from .quality import Examined, Quality, examine
-from .sources import Listed, Reader, Source, iso_time
+from .quality import Examined, examine
+from .sources import Listed, Reader
 from .state import ACCEPTED, DUPLICATE, PROMOTED_RUN, QUARANTINED, Seen, State, frame_of
 
 __all__ = ["PART", "Labelled", "collect", "no_data", "quarantine", "settle"]

@@ -11,9 +11,9 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,89 +28,19 @@ from .archive import extract
 from .coco import find_coco, parse_coco
 from .collect import quarantine
 from .examples import Example, Parsed, inside, sequence_of, split_hint
+from .parameters import Import
 from .quality import Examined, examine
-from .roboflow import download, parse_roboflow_uri
-from .sources import Reader, check_keys, folder_of, short_name
+from .roboflow import download
+from .sources import Reader, folder_of
 from .voc import find_voc, parse_voc
 from .yolo import find_data_yaml, parse_yolo
 
-__all__ = ["Import", "Imported", "run_import"]
+__all__ = ["Imported", "run_import"]
 
-_KEYS = ("uri", "format", "covers", "class_map", "name", "sequence_pattern", "on_error", "unlabelled")
 _PARSERS = {"yolo": parse_yolo, "coco": parse_coco, "voc": parse_voc}
 _SHOWN_PROBLEMS = 10
 # Raised when importing the same bytes gives other rows, so that they are read again.
 _VERSION = 1
-
-
-@dataclass(frozen=True)
-class Import:
-    """One entry of the parameter `imports`.
-
-    Attributes:
-        uri: a folder or `.zip` at `file:///…` or `s3://…`, or `roboflow://workspace/project/version`.
-        name: short name; by default made of the URI.
-        classes: our class names.
-        format: `auto`, `yolo`, `coco` or `voc`.
-        covers: those of our classes that the source labels exhaustively; empty for all that its classes map to. A
-            class that is not covered is unknown in these frames, never absent.
-        class_map: the source's class names to ours, "" to leave a class out; others map to the same name.
-        sequence_pattern: regular expression that finds a picture's video in its name, see `examples.sequence_of`.
-        on_error: `refuse` the import for a label that is wrong, or `quarantine` that picture.
-        unlabelled: `skip` pictures that have no label, or take them for `background`. An empty label file always is
-            background; a missing one may as well be a lost one, and a false "nothing here" in the test split judges
-            every model wrongly.
-    """
-
-    uri: str
-    name: str
-    classes: tuple[str, ...]
-    format: str = "auto"
-    covers: tuple[str, ...] = ()
-    class_map: Mapping[str, str] = field(default_factory=dict)
-    sequence_pattern: str = ""
-    on_error: str = "refuse"
-    unlabelled: str = "skip"
-
-    @classmethod
-    def parse(cls, item: Mapping[str, Any], position: int, classes: Sequence[str]) -> Import:
-        """Read an entry of `imports`.
-
-        Raises:
-            InputError: an unknown key or a value that cannot be used; names the entry.
-        """
-        where = f"imports[{position}]"
-        check_keys(where, item, _KEYS)
-        uri = str(item.get("uri") or "")
-        if uri.startswith("roboflow://"):
-            parse_roboflow_uri(uri)
-        elif not uri.startswith(("file://", "s3://")):
-            raise InputError(f"{where}.uri is {uri!r}", "Write file:///…, s3://… or roboflow://….")
-        if not isinstance(item.get("covers") or [], list | tuple) or not isinstance(
-            item.get("class_map") or {}, Mapping
-        ):
-            raise InputError(f"{where}: covers or class_map is malformed", 'Write ["fire"] and {"Flame": "fire"}.')
-        class_map = {str(name): str(ours or "") for name, ours in (item.get("class_map") or {}).items()}
-        covers = tuple(str(name) for name in item.get("covers") or ())
-        for key, names in (("covers", covers), ("class_map", tuple(filter(None, class_map.values())))):
-            unknown = sorted(set(names) - set(classes))
-            if unknown:
-                raise InputError(
-                    f"{where}.{key} names {', '.join(unknown)}, which is no class of this run",
-                    f"Classes are {', '.join(classes)}.",
-                )
-        name = short_name(where, str(item.get("name") or ""), uri.removesuffix("/").removesuffix(".zip"))
-        return cls(
-            uri,
-            name,
-            tuple(classes),
-            _one_of(where, item, "format", ("auto", "yolo", "coco", "voc")),
-            covers,
-            class_map,
-            _checked_pattern(where, str(item.get("sequence_pattern") or "")),
-            _one_of(where, item, "on_error", ("refuse", "quarantine")),
-            _one_of(where, item, "unlabelled", ("skip", "background")),
-        )
 
 
 @dataclass(frozen=True)
@@ -448,18 +378,3 @@ def _detect(root: Path) -> str:
     if find_voc(root):
         return "voc"
     raise InputError("is no YOLO, COCO or VOC set", "Add data.yaml, a COCO JSON or VOC XML files, or correct the URI.")
-
-
-def _one_of(where: str, item: Mapping[str, Any], key: str, allowed: Sequence[str]) -> str:
-    value = str(item.get(key) or allowed[0])
-    if value not in allowed:
-        raise InputError(f"{where}.{key} is {value!r}", f"Use one of {', '.join(allowed)}.")
-    return value
-
-
-def _checked_pattern(where: str, text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise InputError(f"{where}.sequence_pattern {text!r}: {error}", "Write a regular expression.") from error
-    return text

@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePosixPath
-from typing import Any
 
 import cv2
 import numpy as np
@@ -29,55 +27,14 @@ from numpy.typing import NDArray
 from ..shared.errors import InputError
 from ..shared.files import sha256_bytes
 from ..shared.images import EXTENSIONS, MAX_BYTES, MAX_PIXELS, Signature, decode, read_header, signature, sniff
+from .parameters import Quality
 
-__all__ = ["Examined", "Quality", "examine", "sharpness"]
+__all__ = ["Examined", "examine", "sharpness"]
 
 _SIDE = 640
 _LARGE = 16_000_000
 # Decoded pixels are the memory of this step: pictures above 16 megapixels are decoded one at a time.
 _LARGE_TURN = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Limits that a raw frame must keep.
-
-    Attributes:
-        min_side: the shorter side's least length in pixels.
-        black: brightest grey level (0 to 255) of a black frame.
-        white: darkest grey level of a white frame.
-        blur: least sharpness, see the module; 0 accepts any.
-    """
-
-    min_side: int = 64
-    black: float = 12.0
-    white: float = 245.0
-    blur: float = 0.004
-
-    def __post_init__(self) -> None:
-        if self.min_side < 1 or not 0 <= self.black < self.white <= 256 or not 0 <= self.blur < 10:
-            raise InputError(
-                f"quality {self} is not min_side >= 1, 0 <= black < white <= 256, 0 <= blur < 10",
-                "Correct the parameter quality.",
-            )
-
-    @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> Quality:
-        """The defaults with `values` in their place.
-
-        Raises:
-            InputError: an unknown key, or a value that is no number.
-        """
-        known = [item.name for item in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise InputError(f"quality has the unknown keys {', '.join(unknown)}", f"Known keys: {', '.join(known)}.")
-        for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise InputError(f"quality.{name} is {value!r}, not a number", "Write a number.")
-        # kfp hands every number over as a float.
-        limits: dict[str, Any] = {name: int(value) if name == "min_side" else value for name, value in values.items()}
-        return cls(**limits)
 
 
 @dataclass(frozen=True)

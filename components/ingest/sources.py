@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime, tzinfo
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from ..shared.errors import InputError, StorageError
 from ..shared.storage import ObjectMissing, Store, parse_s3_uri
-from .pattern import EPOCH, PathPattern
 
-__all__ = ["Listed", "Reader", "Source", "check_keys", "folder_of", "iso_time", "short_name"]
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+__all__ = ["Listed", "Reader", "folder_of"]
 
 
 class Listed(NamedTuple):
@@ -28,53 +21,6 @@ class Listed(NamedTuple):
     relative: str
     size: int
     etag: str
-
-
-@dataclass(frozen=True)
-class Source:
-    """One entry of the parameter `sources`.
-
-    Attributes:
-        uri: `s3://bucket/folder` or `file:///absolute/folder`; everything below it is taken.
-        name: short name for state segments; by default made of the URI.
-        pattern: path pattern, see `pattern.py`, or None.
-        camera: camera of frames whose key and metadata name none.
-        zone: time zone of times in keys, EXIF and metadata that name none themselves.
-        object_metadata: also ask the store for `x-amz-meta-camera` and `x-amz-meta-captured-at`, one request a frame.
-    """
-
-    uri: str
-    name: str
-    pattern: PathPattern | None = None
-    camera: str = ""
-    zone: tzinfo = UTC
-    object_metadata: bool = False
-
-    @classmethod
-    def parse(cls, item: Mapping[str, Any], position: int) -> Source:
-        """Read an entry of `sources`.
-
-        Raises:
-            InputError: an unknown key or a value that cannot be used; names the entry.
-        """
-        where = f"sources[{position}]"
-        check_keys(where, item, ("uri", "name", "pattern", "camera", "start", "timezone", "object_metadata"))
-        uri = str(item.get("uri") or "")
-        if not uri.startswith(("s3://", "file://")):
-            raise InputError(f"{where}.uri is {uri!r}", "Write s3://bucket/folder or file:///absolute/folder.")
-        zone = _zone(where, str(item.get("timezone") or "UTC"))
-        start = iso_time(str(item["start"]), zone) if item.get("start") else EPOCH
-        if start is None:
-            raise InputError(f"{where}.start is {item['start']!r}", "Write a time such as 2026-03-01T08:00:00Z.")
-        text = str(item.get("pattern") or "")
-        return cls(
-            uri,
-            short_name(where, str(item.get("name") or ""), uri),
-            PathPattern(text, start, zone) if text else None,
-            str(item.get("camera") or ""),
-            zone,
-            str(item.get("object_metadata") or "false").lower() in ("true", "1", "1.0"),
-        )
 
 
 class Reader:
@@ -167,46 +113,3 @@ def _list_folder(folder: Path) -> Iterator[Listed]:
 
 def _refuse(error: OSError) -> None:
     raise StorageError(f"cannot list {error.filename}: {error.strerror or error}", "Check its permissions.") from error
-
-
-def short_name(where: str, name: str, uri: str) -> str:
-    """The given short name, checked, or one made of the URI's last parts.
-
-    Raises:
-        InputError: a given name with other characters than letters, digits, dot, dash and underscore.
-    """
-    if name:
-        if not _NAME.fullmatch(name):
-            raise InputError(f"{where}.name is {name!r}", "Use up to 64 letters, digits, dots, dashes, underscores.")
-        return name
-    last = [part for part in unquote(uri).split("://", 1)[-1].split("/") if part][-2:]
-    picked = last[-1:] if uri.startswith("file://") else last
-    made = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(picked)).strip("-._")[-64:].lstrip("-._")
-    return made or "source"
-
-
-def check_keys(where: str, item: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raise an InputError that names the keys of `item` that are not known."""
-    if not isinstance(item, Mapping):
-        raise InputError(f"{where} is {item!r}, not a mapping", 'Write it as {"uri": "…"}.')
-    unknown = sorted(set(item) - set(known))
-    if unknown:
-        raise InputError(f"{where} has the unknown keys {', '.join(unknown)}", f"Known keys: {', '.join(known)}.")
-
-
-def iso_time(text: str, zone: tzinfo = UTC) -> datetime | None:
-    """An ISO 8601 time in UTC; None where it is none. A time without offset is in `zone`."""
-    try:
-        moment = datetime.fromisoformat(text.strip())
-    except ValueError:
-        return None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=zone)).astimezone(UTC)
-
-
-def _zone(where: str, name: str) -> tzinfo:
-    if name.upper() == "UTC":
-        return UTC
-    try:
-        return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-        raise InputError(f"{where}.timezone {name!r} is not known", "Write a name such as Asia/Seoul.") from error

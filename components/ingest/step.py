@@ -17,9 +17,8 @@ from ..shared.settings import Settings
 from ..shared.storage import Store
 from .collect import PART, Labelled, collect, no_data, settle
 from .dedup import choose
-from .imports import Import, run_import
-from .quality import Quality
-from .sources import Source
+from .imports import run_import
+from .parameters import Import, Quality, Source
 from .state import State
 
 __all__ = ["IngestResult", "ingest"]
@@ -73,10 +72,10 @@ def ingest(
     `run_id` given again counts as the same run.
 
     Args:
-        sources: see `sources.Source`.
-        imports: see `imports.Import`.
+        sources: see `parameters.Source`.
+        imports: see `parameters.Import`.
         classes: ordered class names.
-        quality: see `quality.Quality`.
+        quality: see `parameters.Quality`.
         run_id: letters, digits, dots, dashes and underscores.
         out: folder for `frames.parquet` and `ingest.json`.
         settings: store, credentials, workers.

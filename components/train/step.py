@@ -25,6 +25,7 @@ from ..shared.settings import Settings
 from ..shared.storage import Store
 from ..shared.yolo import tame
 from .candidate import Candidate
+from .parameters import check_device, check_seed
 from .reporting import EpochReporter, open_run
 from .state import StateKeeper, TrainPlan, training_key
 from .weights import Base, resolve_base
@@ -144,8 +145,7 @@ def train(
         IntegrityError: the dataset is not what its manifest says.
         StorageError, TrackingError: a service cannot be reached.
     """
-    if seed < 0:
-        raise InputError(f"seed is {seed}", "Give 0 or more.")
+    check_seed(seed)
     data = _Data.read(dataset)
     work.mkdir(parents=True, exist_ok=True)
     tame(settings.threads, work / "ultralytics")
@@ -188,16 +188,16 @@ def choose_device(device: str) -> str:
     """
     import torch
 
+    check_device(device)
     count = torch.cuda.device_count()
     if device in ("", "auto"):
         device = ",".join(map(str, range(count))) if torch.cuda.is_available() and count else "cpu"
         say(f"device auto: {'GPU ' + device if device != 'cpu' else 'cpu'}")
     if device == "cpu" or (device == "mps" and torch.backends.mps.is_available()):
         return device
-    numbers = device.split(",")
-    if device == "mps" or not all(item.isdigit() for item in numbers):
-        raise InputError(f"device is {device!r}, which is not here", "Give auto, cpu, mps (on Apple), 0 or 0,1.")
-    if not all(int(item) < count for item in numbers):
+    if device == "mps":
+        raise InputError("device is 'mps', which is not here", "Give auto, cpu, or 0 or 0,1 for GPUs.")
+    if not all(int(item) < count for item in device.split(",")):
         raise InputError(
             f"device is {device!r}, but this machine shows {count} GPUs",
             "Raise gpu_count, check the node's driver, or give cpu.",

@@ -15,8 +15,9 @@ from shapes import CLASSES, draw, write_dataset
 
 from haechi.components.export.golden import Picture, choose_rows, from_files
 from haechi.components.export.graph import Checkpoint, write_onnx
+from haechi.components.export.parameters import spread_thresholds
 from haechi.components.export.proof import Proof, prove
-from haechi.components.export.step import export, export_checkpoint, spread_thresholds
+from haechi.components.export.step import export, export_checkpoint
 from haechi.components.shared.dataset import Box, ManifestRow
 from haechi.components.shared.detections import Detector, classes_of_graph, onnx_session, read_head
 from haechi.components.shared.errors import InputError, IntegrityError, ModelError, TrainError

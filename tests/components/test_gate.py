@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from haechi.components.evaluate.gate import Gate, Judgement, compare, judge
+from haechi.components.evaluate.gate import Judgement, compare, judge
+from haechi.components.evaluate.parameters import Gate
 from haechi.components.evaluate.score import ModelScore, TestFrame, score_model
 from haechi.components.shared.detections import Detections
 from haechi.components.shared.errors import InputError

@@ -17,8 +17,9 @@ import pytest
 from ingest_world import CLASSES, encoded, frames_of, jpeg, kill_when, picture, yolo_set
 from PIL import Image
 
+from haechi.components.ingest.parameters import Quality
 from haechi.components.ingest.pattern import EPOCH, PathPattern, Place
-from haechi.components.ingest.quality import Quality, examine
+from haechi.components.ingest.quality import examine
 from haechi.components.ingest.step import IngestResult, ingest
 from haechi.components.shared.dataset import Frame, frame_key, label_exports
 from haechi.components.shared.errors import InputError, NoDataError, StorageError

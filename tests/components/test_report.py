@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from haechi.components.evaluate.gate import Gate, compare, judge
+from haechi.components.evaluate.gate import compare, judge
+from haechi.components.evaluate.parameters import Gate
 from haechi.components.evaluate.pictures import MAX_BYTES, Picture, draw, worst
 from haechi.components.evaluate.report import DatasetFacts, Evaluation, render
 from haechi.components.evaluate.score import TestFrame, confusion_matrix, score_model

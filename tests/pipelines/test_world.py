@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from haechi.components.ingest.parameters import Quality
 from haechi.components.ingest.pattern import PathPattern
-from haechi.components.ingest.quality import Quality, examine
+from haechi.components.ingest.quality import examine
 from haechi.components.shared.errors import InputError
 from haechi.components.shared.files import sha256_file
 from haechi.components.shared.images import NearDuplicates, decode
