@@ -4,7 +4,7 @@ WORKDIR ?= .haechi/demo
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test e2e lint typecheck compile manifests images bench bench-serving clean
+.PHONY: help demo test e2e lint typecheck compile manifests checkov images bench bench-serving clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' Makefile
@@ -29,6 +29,7 @@ e2e: $(READY) ## run the tests that need a Kubernetes API server; kube-apiserver
 lint: $(READY) ## check style, security rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/yamllint --strict .
 
 typecheck: $(READY) ## check types of an installed wheel, strictly
 	bash .ci/typecheck
@@ -36,13 +37,14 @@ typecheck: $(READY) ## check types of an installed wheel, strictly
 compile: $(READY) ## compile the pipeline into pipelines/compiled
 	$(BIN)/haechi compile
 
-manifests: $(READY) ## check every YAML file and what kustomize makes of them: schemas, policies, alerts, checkov
-	$(BIN)/yamllint --strict .
-	# checkov pins much of what we use too, so it has an environment of its own; where it cannot be had, its test skips.
+manifests: checkov ## check what kustomize makes of manifests/: schemas, policies, alerts, checkov
+	$(BIN)/python -m pytest -q tests/test_manifests.py tests/test_monitoring.py
+
+# checkov pins much of what we use too, so it has an environment of its own; where it cannot be had, its test skips.
+checkov: $(READY)
 	test -x .venv/checkov/bin/checkov || { $(BIN)/uv venv --quiet --python $(BIN)/python .venv/checkov \
 	  && $(BIN)/uv pip install --quiet --python .venv/checkov/bin/python --exclude-newer 2026-11-15T00:00:00Z checkov==3.3.30; } \
 	  || { rm -rf .venv/checkov; echo "checkov could not be installed: its test will skip"; }
-	$(BIN)/python -m pytest -q tests/test_manifests.py tests/test_monitoring.py
 
 bench: bench-serving ## measure against peers; ratios, raw figures and JSON in .haechi/bench
 

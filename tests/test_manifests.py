@@ -649,7 +649,7 @@ def test_the_docs_name_every_option() -> None:
 
 def test_checkov_finds_nothing_that_is_not_excused_beside_the_object(tmp_path: Path) -> None:
     if not CHECKOV.exists():
-        pytest.skip("checkov is not installed: make manifests does that")
+        pytest.skip("checkov is not installed: make checkov does that")
     for overlay in OVERLAYS:
         objects = render(f"overlays/{overlay}")
         runtime = find(objects, "ServingRuntime")
