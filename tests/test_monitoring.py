@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -297,6 +298,17 @@ def test_prometheus_reads_the_detectors_at_their_port() -> None:
     assert endpoint["port"] in pod.ports()
     assert endpoint["path"] == "/metrics"
     assert {item["targetLabel"] for item in endpoint["relabelings"]} <= _SCRAPED
+
+
+def test_prometheus_shows_a_key_where_an_overlay_has_the_patch_of_the_docs(tmp_path: Path) -> None:
+    (plain,) = find(render("base/monitoring"), "PodMonitor")["spec"]["podMetricsEndpoints"]
+    [block] = re.findall(r"```yaml\n(.*?PodMonitor.*?)```", (ROOT / "docs/manifests.md").read_text(), re.DOTALL)
+    base = os.path.relpath(MANIFESTS / "base/monitoring", tmp_path.resolve())
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump({"resources": [base], **yaml.safe_load(block)}))
+    done = subprocess.run(["kubectl", "kustomize", str(tmp_path)], capture_output=True, text=True, check=True)
+    (endpoint,) = find(list(yaml.safe_load_all(done.stdout)), "PodMonitor")["spec"]["podMetricsEndpoints"]
+    shown = {"type": "Bearer", "credentials": {"name": "haechi-metrics", "key": "api_key"}}
+    assert endpoint == plain | {"authorization": shown}
 
 
 def test_grafana_finds_a_dashboard_whose_panels_stand_side_by_side() -> None:
