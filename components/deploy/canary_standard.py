@@ -15,7 +15,7 @@ from typing import Any
 from haechi.components.shared.errors import DeployError
 from haechi.components.shared.progress import say
 
-from .inference_service import MODE, PREVIOUS, TakenOver, ours, wait
+from .inference_service import MODE, PREVIOUS, TakenOver, ours, owned, wait
 from .job import Job
 from .kubernetes_api import Forbidden
 from .lease import LeaseLost
@@ -140,14 +140,15 @@ class StandardCanary:
             job.restore(found, state.former_name, state)
             return
         body = ours(found)
-        if named != former:  # theirs to set: we only take our canary away
+        theirs = named != former and not owned(found, "f:predictor", "f:model", "f:storageUri")
+        if theirs:  # we only take our canary away
             body["spec"]["predictor"]["model"].pop("storageUri", None)
         self._drain(found, body, state)
         job.apply(body, state)
         left = job.persist(job.api.get) or {"spec": {}}
         if left["spec"].get("canary"):
             raise TakenOver("the canary is somebody else's by now, and stays", "Look at it with `haechi status`.")
-        if named != former:
+        if theirs:
             raise TakenOver(
                 f"the canary was withdrawn, and the service names {named or 'no model'} now, which somebody else set",
                 "Look at it with `haechi status`.",

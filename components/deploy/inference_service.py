@@ -31,6 +31,7 @@ __all__ = [
     "explained",
     "manifest",
     "ours",
+    "owned",
     "persist",
     "refuse_canary",
     "roll_out",
@@ -117,6 +118,18 @@ def ours(found: dict[str, Any]) -> dict[str, Any]:
         },
         "spec": {"predictor": {"model": served, **links, **_own_name(predictor), **worn(found)}},
     }
+
+
+def owned(found: dict[str, Any], *path: str) -> bool:
+    """Whether we own a field of the spec: an apply without it would remove it. Named as `managedFields` does."""
+    *way, last = path
+    for entry in found["metadata"].get("managedFields") or []:
+        fields = entry.get("fieldsV1", {}).get("f:spec", {}) if entry.get("manager") == MANAGER else {}
+        for name in way:
+            fields = fields.get(name, {})
+        if last in fields:
+            return True
+    return False
 
 
 def worn(found: dict[str, Any]) -> dict[str, dict[str, str]]:

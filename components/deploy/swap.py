@@ -18,12 +18,12 @@ from .inference_service import (
     TakenOver,
     explained,
     ours,
+    owned,
     refuse_canary,
     roll_out,
     worn,
 )
 from .job import Job
-from .kubernetes_api import MANAGER
 from .lease import LeaseLost
 from .readiness import look, predictor_name, storage_uri
 from .rollout_state import RolloutState, now
@@ -77,12 +77,7 @@ def _go_on(job: Job, found: dict[str, Any], state: RolloutState) -> str:
 
 def _lost(found: dict[str, Any]) -> bool:
     """Whether traffic is split by us, and our note of it cannot be read any more."""
-    fields = [
-        entry.get("fieldsV1", {}).get("f:spec", {})
-        for entry in found["metadata"].get("managedFields") or []
-        if entry.get("manager") == MANAGER
-    ]
-    return any("f:canary" in spec or "f:canaryTrafficPercent" in spec.get("f:predictor", {}) for spec in fields)
+    return owned(found, "f:canary") or owned(found, "f:predictor", "f:canaryTrafficPercent")
 
 
 def _guess(found: dict[str, Any]) -> RolloutState:

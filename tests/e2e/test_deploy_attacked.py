@@ -20,8 +20,9 @@ from kserve_stand_in import NEVER
 from haechi.components.deploy import canary
 from haechi.components.deploy.credential import Credential
 from haechi.components.deploy.endpoint import Denied
-from haechi.components.deploy.kubernetes_api import Forbidden
+from haechi.components.deploy.kubernetes_api import Forbidden, InferenceServiceApi
 from haechi.components.deploy.lease import Busy, Lease, LeaseLost
+from haechi.components.deploy.readiness import storage_uri
 from haechi.components.deploy.rollout_state import STATE, RolloutState
 from haechi.components.shared.errors import DeployError
 from haechi.components.shared.kubernetes_caller import KubernetesCaller, Refused, Unreachable
@@ -139,12 +140,20 @@ def test_an_api_server_that_goes_away_for_good_ends_in_a_reason_and_the_next_run
     ids=["garbage", "an end", "a path", "another promotion", "a way back", "another canary", "none"],
 )
 def test_a_canary_whose_note_was_tampered_with_is_withdrawn_and_the_next_run_goes_on(
-    serving_old: Place, models: Models, note: str | None
+    serving_old: Place, models: Models, note: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = serving_old
+    place, apply, named = serving_old, InferenceServiceApi.apply, set()
     left_at_half(place, models)
     edit(place, {"metadata": {"annotations": {STATE: note}}})
+
+    def watch(api: InferenceServiceApi, *arguments: Any, **more: Any) -> dict[str, Any]:
+        stored = apply(api, *arguments, **more)
+        named.add(storage_uri(stored))
+        return stored
+
+    monkeypatch.setattr(InferenceServiceApi, "apply", watch)
     place.deploy(models.old, SHORT, owner="run-1")
+    assert named == {models.uri(models.old)}, "at no moment is the stable model another one, or none"
     until(lambda: place.only(models.old))
     assert "canary" not in place.service()["spec"]
     place.deploy(models.new, SHORT, owner="run-1")
