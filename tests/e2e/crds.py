@@ -47,7 +47,7 @@ def load(server: ApiServer, wanted: list[dict[str, Any]]) -> None:
     """Apply definitions and wait until the server serves every version of them."""
     for definition in wanted:
         server.apply(definition)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     missing = {
         (f"/apis/{item['spec']['group']}/{version['name']}", item["spec"]["names"]["plural"])
         for item in wanted
