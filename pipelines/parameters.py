@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from haechi.components.resolve.parameters import check_parameters
 from haechi.components.shared.errors import InputError
 
 from .node_pool import check_pool
+from .submitting import Package
 
 __all__ = ["PARAMETERS", "load_preset", "parse_settings", "preset_names", "run_parameters"]
 
@@ -132,15 +134,20 @@ def run_parameters(preset: str, pairs: Iterable[str] = (), extra: Mapping[str, A
     """A preset with `extra` and `--set` words laid over it, checked.
 
     Raises:
-        InputError: an unknown key or a value of the wrong type, named; or what train or deploy would refuse hours later.
+        InputError: an unknown key or a value of the wrong type, named; or what a step would refuse at its turn.
     """
     values = {**(load_preset(preset) if preset else {}), **(extra or {})}
     for key, value in parse_settings(pairs).items():
         _assign(values, key, value)
     checked = check(values, "--set")
-    check_parameters(checked.get("candidates"), checked.get("target", ""), checked.get("rollout", {}))
+    check_parameters(json.loads(json.dumps({**_defaults(), **checked})))
     check_pool(checked.get("node_selector", {}), checked.get("tolerations", []))
     return checked
+
+
+@cache
+def _defaults() -> Mapping[str, Any]:
+    return Package.read().parameters
 
 
 def check(values: Mapping[str, Any], where: str) -> dict[str, Any]:

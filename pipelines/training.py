@@ -109,7 +109,31 @@ def training(
     heavy = (train_image, settings_config_map, s3_secret, mlflow_secret)
     run_id = dsl.PIPELINE_JOB_ID_PLACEHOLDER
 
-    world = on_cluster(resolve(name=name, candidates=candidates, target=target, rollout=rollout), *steps)
+    world = on_cluster(
+        resolve(
+            name=name,
+            classes=classes,
+            sources=sources,
+            imports=imports,
+            quality=quality,
+            teacher=teacher,
+            class_map=class_map,
+            bands=bands,
+            review_limit=review_limit,
+            ratios=ratios,
+            grouping=grouping,
+            candidates=candidates,
+            thresholds=thresholds,
+            iou=iou,
+            golden_images=golden_images,
+            gate=gate,
+            target=target,
+            rollout=rollout,
+            seed=seed,
+            device=device,
+        ),
+        *steps,
+    )
     champion, previous_dataset = world.outputs["champion"], world.outputs["previous_dataset"]
 
     arrived = on_cluster(

@@ -25,6 +25,7 @@ from .errors import InputError, IntegrityError, ModelError, SettingsError
 from .files import atomic_folder, read_json, sha256_file, write_bytes, write_json
 from .frame_cache import usable_folder
 from .images import decode
+from .model_address import check_address
 from .parity import Agreement, Tolerance, agree, compare
 from .settings import Settings
 
@@ -248,27 +249,13 @@ def fetch_model(store: Store | None, uri: str, cache: Path) -> Path:
         ModelError: no model folder is there.
         IntegrityError: a file is not the one that `model.json` describes.
     """
-    _refuse_single_file(uri)
+    check_address(uri)
     scheme = urlsplit(uri).scheme
     if scheme == "s3":
         return _fetch_from_store(store, uri, cache)
-    if scheme not in ("", "file"):
-        raise InputError(f"{uri!r} is not a model folder's address", "Give a path, a file:// or an s3:// URI.")
     folder = Path(unquote(urlsplit(uri).path)) if scheme == "file" else Path(uri)
     _verify(folder)
     return folder
-
-
-def _refuse_single_file(uri: str) -> None:
-    if not uri:
-        raise InputError("the model folder's address is empty", "Give a path, a file:// or an s3:// URI.")
-    if uri.endswith((".pt", ".pth")):
-        raise InputError(
-            f"{uri} is a checkpoint, not a model folder",
-            f"Run `haechi export --checkpoint {uri} --out DIR` first and give DIR.",
-        )
-    if uri.endswith((".onnx", "/model.json")):
-        raise InputError(f"{uri} is one file of a model folder", "Give the folder that holds it.")
 
 
 def _verify(folder: Path) -> ModelFolder:

@@ -140,12 +140,13 @@ def train(
         retrain: take nothing from other runs; within `run_id` it is resumed, and not run twice, all the same.
 
     Raises:
-        InputError: the device is not there, or the seed is negative.
+        InputError: the device cannot be or is not there, or the seed is negative.
         NoDataError: no boxes in train or no frames in val.
         IntegrityError: the dataset is not what its manifest says.
         StorageError, TrackingError: a service cannot be reached.
     """
     check_seed(seed)
+    check_device(device)
     data = _Data.read(dataset)
     work.mkdir(parents=True, exist_ok=True)
     tame(settings.threads, work / "ultralytics")
@@ -184,11 +185,10 @@ def choose_device(device: str) -> str:
         device: `auto` (all GPUs that this process sees, else the CPU), `cpu`, `mps`, or GPU numbers `0`, `0,1`.
 
     Raises:
-        InputError: not such a device, or it is not there.
+        InputError: it is not there.
     """
     import torch
 
-    check_device(device)
     count = torch.cuda.device_count()
     if device in ("", "auto"):
         device = ",".join(map(str, range(count))) if torch.cuda.is_available() and count else "cpu"

@@ -40,6 +40,7 @@ from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.settings import Settings
 from haechi.components.shared.storage import Store
 from haechi.components.shared.tracking import Tracker
+from haechi.pipelines.submitting import Package
 
 CLASSES = ["smoke", "fire"]
 REPORT = "<!doctype html><p>evaluation</p>"
@@ -806,8 +807,8 @@ def test_the_component_bodies_do_what_the_steps_do(world: World, monkeypatch: py
     )
     assert said == "promote"
     assert deployed.metadata == read_json(world.root / "deployed" / "deployed.json")
-    asked = {"candidates": [{"name": "a", "model": "yolo11n"}], "target": "none", "rollout": {}}
-    assert first.resolve.python_func(name=world.name, **asked) == (model.version, "")
+    asked = {name: Package.read().parameters[name] for name in first.resolve.component_spec.inputs}
+    assert first.resolve.python_func(**asked | {"name": world.name}) == (model.version, "")
     world.model(shift=1.0, champion=model.version, decision="refuse")
     refused = component.refuse.python_func(onnx_model=onnx_model, verdict=verdict, name=world.name, run_id="")
     assert refused == "refuse"

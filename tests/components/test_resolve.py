@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,6 @@ from haechi.components.shared.errors import (
     HaechiError,
     InputError,
     IntegrityError,
-    SettingsError,
     StorageError,
     TrackingError,
 )
@@ -90,37 +88,6 @@ def test_what_is_wrong_is_told_at_the_start(
     with pytest.raises(error, match=message) as caught:
         resolve(name, replace(tracked, **change))
     assert caught.value.remedy
-
-
-CANDIDATE = {"name": "a", "model": "yolo11n", "epochs": 5.0}  # whole numbers are floats on their way through Pipelines
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"target": "kserv:models/gate"}, "target 'kserv:models/gate' cannot be read"),
-        ({"target": "kserve:models"}, "cannot be read"),
-        ({"rollout": {"bakee": 10}}, "rollout has no key 'bakee'"),
-        ({"rollout": {"steps": [50, 10]}}, r"rollout.steps is \[50, 10\]"),
-        ({"candidates": []}, "candidates is empty"),
-        ({"candidates": [CANDIDATE, {"name": "b", "modle": "yolo11n"}]}, "candidate 'b' has unknown keys: modle"),
-        ({"candidates": [CANDIDATE | {"epochs": 0.5}]}, "epochs is 0.5"),
-        ({"candidates": ["yolo11n"]}, "candidates holds 'yolo11n'"),
-    ],
-)
-def test_what_a_late_step_would_refuse_is_refused_before_anything_is_asked(
-    change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from haechi.components.resolve.component import resolve as component
-
-    monkeypatch.delenv("HAECHI_S3_ENDPOINT", raising=False)
-    asked = {"candidates": [CANDIDATE], "target": "none", "rollout": {"bake": 60.0, "steps": [10.0, 100.0]}}
-    with pytest.raises(InputError, match=message) as caught:
-        component.python_func(name="gate", **asked | change)
-    assert caught.value.remedy
-    # The same without a mistake comes as far as the settings.
-    with pytest.raises(SettingsError):
-        component.python_func(name="gate", **asked)
 
 
 def test_the_component_compiles_with_both_outputs(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_unusable_settings_give_a_failed_result(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.json"]
 
 
-@pytest.mark.parametrize("device", ["7", "0,1", "tpu", "mps"])
+@pytest.mark.parametrize("device", ["7", "0,1", "mps"])
 def test_a_device_that_is_not_there_is_named(device: str) -> None:
     with pytest.raises(InputError, match=device):
         choose_device(device)

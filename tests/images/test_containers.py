@@ -322,7 +322,13 @@ def launcher(
 NAME = {"name": "safety"}
 GATE = {"min_boxes": 1, "min_groups": 1, "floors": {"default": 0.0}, "draws": 100}
 CANDIDATE = {"name": "tiny", "model": "yolo11n", "epochs": 1, "imgsz": 64, "batch": 8}
-ASKED = NAME | {"candidates": [CANDIDATE], "target": "none", "rollout": {}}
+
+
+def _asked() -> dict[str, Any]:
+    """What `resolve` is given where a run leaves all parameters as they are."""
+    defaults = pipeline()["root"]["inputDefinitions"]["parameters"]
+    wanted = pipeline()["components"]["comp-resolve"]["inputDefinitions"]["parameters"]
+    return {name: defaults[name]["defaultValue"] for name in wanted}
 
 
 def _journey(bucket: str) -> list[tuple[str, dict[str, Any], dict[str, tuple[str, str]]]]:
@@ -331,7 +337,7 @@ def _journey(bucket: str) -> list[tuple[str, dict[str, Any], dict[str, tuple[str
     model, dataset = ("export", "onnx_model"), ("build", "dataset")
     judged = {"onnx_model": model, "verdict": ("evaluate", "verdict")}
     return [
-        ("resolve", ASKED, {}),
+        ("resolve", _asked(), {}),
         (
             "ingest",
             {
@@ -441,7 +447,7 @@ def test_every_executor_is_run() -> None:
 
 def test_a_step_without_settings_fails_with_our_error(launcher: Launcher) -> None:
     bare = replace(launcher, env={}, outputs={})
-    process, output = bare.start("resolve", ASKED, salt="bare")
+    process, output = bare.start("resolve", _asked(), salt="bare")
     assert process.returncode != 0
     assert output == {}
     assert "SettingsError: HAECHI_S3_ENDPOINT" in process.stderr
