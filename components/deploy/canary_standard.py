@@ -59,8 +59,7 @@ class StandardCanary:
         canary = {**deepcopy(self._job.wanted()["spec"]["predictor"]), "name": self._name}
         # The schema wants the container's name here; an empty one is what KServe fills in.
         canary["model"]["name"] = ""
-        # Without a number of its own a canary has no pod at 0 %, and is never ready.
-        # More of them than the stable predictor's minReplicas KServe refuses.
+        # At 0 % too it needs one, to be proven; more than the stable predictor's minReplicas KServe refuses.
         canary["minReplicas"] = min(self._least, max(1, math.ceil(self._least * max(traffic, coming) / 100)))
         body["spec"]["canary"] = [{"trafficPercent": traffic, "predictor": canary}]
         return body

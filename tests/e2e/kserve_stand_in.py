@@ -8,7 +8,7 @@ the real one is here on purpose (read in KServe's source, and proven by nothing 
   canary, and with every replica that an autoscaler adds.
 - While a new version loads or fails, the old pods keep Ready at True and `modelStatus` at UpToDate, until the progress
   deadline of the Deployment (600 s in a cluster). Which pod `modelStatus` is about is undefined; see `looks_at`.
-- A canary without minReplicas has ceil(share of the stable ones) pods: none at 0 %, and never ready.
+- A canary without minReplicas has ceil(share of the stable ones) pods; its autoscaler makes one at least, at 0 % too.
 - A canary's failure shows as `ready: false` alone, and a canary has no URL but that of its Service.
 - Every label and annotation of the InferenceService stands on every pod, stable and canary, unless the predictor has one
   of its own; any change of them is another template, and replaces the pods (`made` tells).
@@ -416,8 +416,7 @@ def predictor_name(service: str, predictor: str = "") -> str:
 
 def _canary_pods(canary: dict[str, Any], stable: int) -> int:
     own = canary["predictor"].get("minReplicas")
-    # An autoscaler has one at least.
-    return max(1, int(own)) if own is not None else math.ceil(stable * canary.get("trafficPercent", 0) / 100)
+    return max(1, math.ceil(stable * canary.get("trafficPercent", 0) / 100) if own is None else int(own))
 
 
 def _deployment_status(replicas: int, ready: int, state: str, rollout: _Rollout, deadline: float) -> dict[str, Any]:

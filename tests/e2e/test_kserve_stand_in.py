@@ -107,11 +107,10 @@ def test_pods_may_crash_after_they_were_ready(cluster: ApiServer, ready: str, ks
 
 
 def test_a_canary_is_ready_with_a_pod_of_its_own(cluster: ApiServer, ready: str, kserve: KserveStandIn) -> None:
+    kserve.fates[NEXT] = NEVER
     cluster.apply(service(ready, GOOD, canary=[canary(NEXT)]))
-    until(lambda: "canaryStatuses" in status_of(cluster, ready))
-    time.sleep(0.5)  # no pod at 0 %, so it stays as it is
-    assert conditions(status_of(cluster, ready))["CanaryPredictorReady"] == "False"
-    cluster.apply(service(ready, GOOD, canary=[canary(NEXT, minReplicas=1)]))
+    until(lambda: conditions(status_of(cluster, ready)).get("CanaryPredictorReady") == "False")
+    del kserve.fates[NEXT]
     until(lambda: conditions(status_of(cluster, ready))["CanaryPredictorReady"] == "True")
     (found,) = status_of(cluster, ready)["canaryStatuses"]
     assert found == {"name": "v2", "ready": True, "trafficPercent": 0, "modelStatus": {"transitionStatus": ""}}
