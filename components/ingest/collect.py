@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from ..shared.dataset import Frame, exported_frames, frame_key, label_exports
@@ -18,7 +18,7 @@ from ..shared.images import MAX_BYTES
 from ..shared.progress import Progress, say
 from ..shared.storage import ObjectMissing, Store, ordered_map
 from .dedup import Choice, Kept, Known, choose
-from .parameters import Quality, Source, iso_time
+from .parameters import Quality, Source, in_utc, iso_time
 from .pattern import Place
 from .quality import Examined, examine
 from .sources import Listed, Reader
@@ -151,7 +151,7 @@ def _place(reader: Reader, source: Source, item: Listed, found: Examined) -> Pla
         camera = camera or told.get("camera", "")
         moment = moment or iso_time(told.get("captured-at", ""), source.zone)
     if moment is None and found.captured_at:
-        moment = found.captured_at.replace(tzinfo=source.zone).astimezone(UTC)
+        moment = in_utc(found.captured_at.replace(tzinfo=source.zone))
     return Place(camera or source.camera, _milliseconds(moment), place.sequence)
 
 

@@ -17,7 +17,7 @@ from ..shared.errors import InputError
 from .pattern import EPOCH, PathPattern
 from .roboflow import parse_roboflow_uri
 
-__all__ = ["Import", "Quality", "Source", "iso_time"]
+__all__ = ["Import", "Quality", "Source", "in_utc", "iso_time"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEYS = ("uri", "format", "covers", "class_map", "name", "sequence_pattern", "on_error", "unlabelled")
@@ -213,7 +213,15 @@ def iso_time(text: str, zone: tzinfo = UTC) -> datetime | None:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
         return None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=zone)).astimezone(UTC)
+    return in_utc(moment if moment.tzinfo else moment.replace(tzinfo=zone))
+
+
+def in_utc(moment: datetime) -> datetime | None:
+    """A time with its zone, in UTC; None where the calendar has no such day, as for the first one east of Greenwich."""
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        return None
 
 
 def _zone(where: str, name: str) -> tzinfo:

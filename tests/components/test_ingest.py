@@ -383,6 +383,18 @@ def test_object_metadata_and_exif_tell_what_the_key_does_not(store: Store, tmp_p
     ]
 
 
+def test_a_clock_that_stands_on_the_calendars_first_day_is_no_time_and_ends_no_run(
+    store: Store, tmp_path: Path
+) -> None:
+    """East of Greenwich that midnight has no day in UTC."""
+    exif = Image.Exif()
+    exif[0x0132] = "0001:01:01 00:00:00"
+    store.put("raw/a.jpg", encoded(Image.fromarray(picture(1)), "JPEG", quality=95, exif=exif))
+    store.put("raw/b.jpg", jpeg(2), metadata={"x-amz-meta-captured-at": "9999-12-31T23:59:59-09:00"})
+    take(store, tmp_path / "o", pattern="", object_metadata=True, camera="spare", timezone="Asia/Seoul")
+    assert [frame.captured_at for frame in frames_of(tmp_path / "o")] == [None, None]
+
+
 def test_a_folder_is_read_like_a_bucket_but_never_through_links_out_of_it(store: Store, tmp_path: Path) -> None:
     folder, outside = tmp_path / "a b", tmp_path / "outside"
     for path, seed in ((folder / "gate/1.jpg", 1), (folder / "gate/sub/2#.jpg", 2), (outside / "secret.jpg", 3)):
