@@ -33,7 +33,8 @@ def services_in_cluster(world: World) -> list[Finding]:
 def place_of(url: str, namespace: str) -> tuple[str, ...]:
     """What a URL names from inside a namespace: a Service and its port, else a host; equal for one place in two spellings."""
     address = _parse(url, namespace, "")
-    return (address.name, address.namespace, str(address.port)) if address else (urlsplit(url).netloc,)
+    host = url.partition("://")[2].partition("/")[0]
+    return (address.name, address.namespace, str(address.port)) if address else (host,)
 
 
 def service_answers(world: World, url: str, namespace: str, source: str) -> list[Finding]:
@@ -66,7 +67,11 @@ def _addresses(world: World) -> list[_Address]:
 
 def _parse(url: str, namespace: str, source: str) -> _Address | None:
     """The Service that a URL names from inside a namespace, or None where it names no Service."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        return None  # check `step-settings` tells
     if ":" in (parts.hostname or ""):
         return None  # an address of IPv6
     labels = (parts.hostname or "").removesuffix(".").removesuffix(".cluster.local").split(".")
@@ -74,10 +79,6 @@ def _parse(url: str, namespace: str, source: str) -> _Address | None:
         labels = labels[:2]
     if len(labels) > 2 or not labels[0] or all(label.isdigit() for label in labels):
         return None
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError:
-        return None  # check `step-settings` tells
     return _Address(url, labels[0], labels[1] if len(labels) == 2 else namespace, port, source)
 
 

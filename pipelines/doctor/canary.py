@@ -151,4 +151,4 @@ def _kserve_config(world: World) -> dict[str, Any]:
             parsed[key] = json.loads(data[key])
         except (KeyError, ValueError):
             continue
-    return parsed
+    return {key: value for key, value in parsed.items() if isinstance(value, dict)}

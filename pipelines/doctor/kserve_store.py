@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from haechi.components.shared.errors import SettingsError
 from haechi.components.shared.settings import Settings
 
 from .addresses import place_of, service_answers
@@ -49,7 +50,11 @@ def way_to_store(world: World, service: dict[str, Any]) -> tuple[str, str]:
         world: what to look at.
         service: the InferenceService.
     """
-    namespace, named = world.aim.serving, _endpoints(world)
+    namespace = world.aim.serving
+    try:
+        named = _endpoints(world)
+    except CannotLook:
+        named = []
     try:
         name, _ = _secret_of(world, _account(service))
         found = world.cluster.get(f"/api/v1/namespaces/{namespace}/secrets/{name}")
@@ -200,9 +205,14 @@ def _make(world: World, name: str) -> str:
 
 def _annotations(namespace: str, name: str, annotations: dict[str, str]) -> list[Finding]:
     endpoint = annotations.get(f"{_ANNOTATION}s3-endpoint", "")
-    if "://" not in endpoint:
-        return []
-    cause = "KServe puts the scheme before it by itself, from s3-usehttps"
-    return [
-        Finding(f"Secret {namespace}/{name} names the store as {endpoint}", cause, _annotate(namespace, name, endpoint))
-    ]
+    symptom = f"Secret {namespace}/{name} names the store as"
+    if "://" in endpoint:
+        cause = "KServe puts the scheme before it by itself, from s3-usehttps"
+        return [Finding(f"{symptom} {endpoint}", cause, _annotate(namespace, name, endpoint))]
+    url = _kserve_url(annotations)
+    try:
+        Settings(s3_endpoint=url)
+    except SettingsError:
+        cause = "s3-endpoint takes a host, or host:port, and nothing else"
+        return [Finding(f"{symptom} {url}", cause, _annotate(namespace, name, f"{_scheme(annotations)}://"))]
+    return []

@@ -66,7 +66,7 @@ def resolves(url: str) -> bool:
     """Whether the name in a URL has an address here; names of Services have one in the cluster only."""
     try:
         socket.getaddrinfo(urlsplit(url).hostname or "", None)
-    except OSError:
+    except (OSError, ValueError):  # or it cannot be a name
         return False
     return True
 
@@ -87,8 +87,7 @@ def fetch(
     Raises:
         Unreached: no HTTP answer came.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if not _is_url(url):
         raise Unreached(url, "that is not a URL of scheme and host", "Write it as http://host:port or https://host.")
     try:
         with urllib3.PoolManager(timeout=_TIMEOUT, retries=False, ca_certs=ca_file or None) as pool:
@@ -98,9 +97,17 @@ def fetch(
             found.release_conn()
     except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
         raise _why(url, error) from error
-    if answer.status == 400 and parts.scheme == "http" and _speaks_tls(url):
+    if answer.status == 400 and urlsplit(url).scheme == "http" and _speaks_tls(url):
         raise _plain_to_tls(url)
     return answer
+
+
+def _is_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        return False
 
 
 def _why(url: str, error: Exception) -> Unreached:
@@ -154,7 +161,7 @@ def _speaks_tls(url: str) -> bool:
     """Whether a TLS handshake succeeds, whoever signed the certificate; nothing is sent over it."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         address = (urlsplit(url).hostname or "", _port(url))
         with socket.create_connection(address, 3) as raw, context.wrap_socket(raw):
             return True

@@ -671,6 +671,12 @@ def test_a_canary_without_its_gateway_is_found(place: Place, ingress: dict[str, 
     assert cause in only(place.examine(), "canary-mode").cause
 
 
+def test_settings_of_kserve_that_are_no_mappings_are_passed_over(place: Place) -> None:
+    place.config("kserve", "inferenceservice-config", deploy='"Standard"', ingress="[1]")
+    place.isvc("entrance", CANARY, {"deploymentMode": "Standard"})
+    assert place.examine().exit_code == 0
+
+
 def route(place: Place, *backends: str) -> None:
     """The HTTPRoute that KServe makes of service entrance."""
     rules = [{"backendRefs": [{"name": name, "port": 80, "weight": 1} for name in backends]}]
@@ -876,6 +882,9 @@ def test_a_way_to_the_store_that_is_shut_is_sought_where_the_store_is(place: Pla
     rules = [{"apiGroups": [group], "resources": some, "verbs": ["get", "list"]} for group, some in kinds.items()]
     [finding] = _findings(place.examine(_viewer(place, rules=rules)), "model-load")
     assert f"nothing answers the pod at http://minio.{place.runs}:9000" in finding.cause
+    # And who may not see those either learns of the model all the same.
+    [finding] = _findings(place.examine(_viewer(place, rules=rules[1:])), "model-load")
+    assert "does not load its model" in finding.symptom
 
 
 def test_autoscalers_that_kserve_leaves_behind_are_found_and_those_at_work_are_not(place: Place) -> None:
@@ -1029,6 +1038,14 @@ def test_wrong_keys_of_kserves_storage_initializer_are_found(place: Place) -> No
 def test_an_endpoint_with_a_scheme_for_kserve_is_found(place: Place) -> None:
     place.kserve_secret("http://minio.minio:9000")
     assert "s3-endpoint=minio.minio:9000" in only(place.examine(), "kserve-keys").fix
+
+
+@pytest.mark.parametrize("endpoint", ["minio.minio:9000/haechi", "minio.minio:90000", "[::1"])
+def test_an_endpoint_for_kserve_that_is_none_is_told_of_its_secret(place: Place, endpoint: str) -> None:
+    place.kserve_secret(endpoint)
+    finding = only(place.examine(), "kserve-keys")
+    assert finding.symptom == f"Secret {place.serving}/haechi-s3 names the store as http://{endpoint}"
+    assert "annotate secret haechi-s3" in finding.fix
 
 
 @pytest.mark.parametrize(

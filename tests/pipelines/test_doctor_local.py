@@ -42,7 +42,7 @@ from haechi.pipelines.doctor.findings import CannotLook, Finding, NotAsked
 from haechi.pipelines.doctor.kubeflow import EFFECTS, steps_of_ours
 from haechi.pipelines.doctor.kubernetes_api import BOUND, connect
 from haechi.pipelines.doctor.report import as_json, as_lines
-from haechi.pipelines.doctor.web import fetch
+from haechi.pipelines.doctor.web import fetch, resolves
 from haechi.pipelines.doctor.world import Aim, World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -673,6 +673,17 @@ def test_what_the_http_client_says_of_a_header_is_not_repeated(studio: str) -> N
     finding = found("label-studio", label_studio=studio, label_studio_token="eyJSECRET\nX-Other: header")
     assert "holds what HTTP does not take" in finding.cause
     assert "SECRET" not in str(finding)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1", "http://127.0.0.1:99999", "http://store..example", f"http://{'a' * 64}.b"]
+)
+def test_what_cannot_be_an_address_is_told_and_ends_no_check(url: str) -> None:
+    assert found("label-studio", label_studio=url, label_studio_token="x").symptom.endswith("cannot be reached")
+
+
+def test_what_cannot_be_a_name_has_no_address() -> None:
+    assert [resolves(url) for url in ("http://[::1", "http://store..example", f"http://{'a' * 64}.b")] == [False] * 3
 
 
 def test_an_answer_without_end_is_read_up_to_a_limit(serve: Callable[..., str]) -> None:
