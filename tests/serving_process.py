@@ -32,6 +32,13 @@ class Running:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.http}"
 
+    def wait_for_requests(self, count: int) -> None:
+        """Return once so many predictions have arrived and are not answered yet."""
+        until = time.monotonic() + 60
+        while f"haechi_requests_in_flight {count}.0" not in httpx.get(f"{self.url}/metrics", timeout=30).text:
+            assert time.monotonic() < until, f"there are no {count} requests at work"
+            time.sleep(0.02)
+
 
 def free_port() -> int:
     with socket.socket() as probe:

@@ -497,7 +497,7 @@ def test_sigterm_is_not_ready_at_once_and_both_sides_end_what_has_begun(tmp_path
         with ThreadPoolExecutor(2) as askers:
             http = askers.submit(httpx.post, f"{process.url}/v1/models/tiny:predict", json=body, timeout=60)
             rpc = askers.submit(client.infer, "tiny", [tensor])
-            time.sleep(0.5)
+            process.wait_for_requests(2)
             assert not http.done() and not rpc.done(), "both should still run when the signal comes"
             process.process.terminate()
             time.sleep(0.2)

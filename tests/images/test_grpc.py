@@ -221,12 +221,13 @@ def test_watchers_and_reflection_have_places_of_their_own(channel: grpc.Channel)
     endless = health.Watch(health_pb2.HealthCheckRequest(service="x" * 1000))
     assert failure(lambda: next(endless))[0] is Code.INVALID_ARGUMENT, "it would be kept as long as somebody watches"
 
-    def asks() -> Iterator[reflection_pb2.ServerReflectionRequest]:
-        yield reflection_pb2.ServerReflectionRequest(list_services="")
-        done.wait(20)
-
-    for _ in range(2):  # places come back
+    def refusals() -> int:
         done = threading.Event()
+
+        def asks() -> Iterator[reflection_pb2.ServerReflectionRequest]:
+            yield reflection_pb2.ServerReflectionRequest(list_services="")
+            done.wait(20)
+
         many = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(30)]
         many += [reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(asks()) for _ in range(10)]
         refused = 0
@@ -236,12 +237,17 @@ def test_watchers_and_reflection_have_places_of_their_own(channel: grpc.Channel)
             except grpc.RpcError as error:
                 assert error.code() is Code.RESOURCE_EXHAUSTED
                 refused += 1
-        assert refused == 30 + 10 - OPEN_STREAMS
         assert health.Check(health_pb2.HealthCheckRequest(), timeout=5).status == health_pb2.HealthCheckResponse.SERVING
         done.set()
         for stream in many:
             stream.cancel()
-        time.sleep(0.5)
+        return refused
+
+    assert refusals() == 30 + 10 - OPEN_STREAMS
+    end = time.monotonic() + 30
+    while refusals() != 30 + 10 - OPEN_STREAMS:
+        assert time.monotonic() < end, "places do not come back"
+        time.sleep(0.1)
 
 
 def test_rpcs_whose_message_never_comes_keep_nobody_out(channel: grpc.Channel) -> None:
@@ -273,8 +279,10 @@ def test_idle_connections_leave_files_for_http(server: Running) -> None:
             connection = closing.enter_context(socket.create_connection(("127.0.0.1", server.grpc), timeout=5))
             with contextlib.suppress(OSError):
                 connection.sendall(preface)
-        time.sleep(0.5)
-        assert len(list(Path(f"/proc/{server.process.pid}/fd").iterdir())) < 450
+        files, end = Path(f"/proc/{server.process.pid}/fd"), time.monotonic() + 30
+        while len(list(files.iterdir())) >= 450 and time.monotonic() < end:
+            time.sleep(0.1)
+        assert len(list(files.iterdir())) < 450
         assert httpx.get(f"{server.url}/v2/health/live", timeout=5).status_code == 200
     with grpc.insecure_channel(f"127.0.0.1:{server.grpc}") as again:
         question = health_pb2.HealthCheckRequest()

@@ -303,7 +303,9 @@ def test_a_client_that_goes_away_does_not_free_its_place_early() -> None:
         with pytest.raises(OverloadError, match="holds 1 requests"):
             await pool.run(lambda: None)
         hold.set()
-        await asyncio.sleep(0.1)
+        async with asyncio.timeout(30):
+            while pool.taken:
+                await asyncio.sleep(0.01)
         assert await pool.run(lambda: 7) == 7
 
     try:
@@ -357,7 +359,7 @@ def test_a_signal_drains_and_exits_with_0(tmp_path: Path, number: signal.Signals
 
         asker = threading.Thread(target=ask)
         asker.start()
-        time.sleep(0.5)
+        server.wait_for_requests(1)
         assert not answers, "the request should still be running when the signal comes"
         server.process.send_signal(number)
         asker.join()
