@@ -27,7 +27,7 @@ __all__ = ["LONGEST_NAME", "StandardCanary"]
 # <name>-v-<12 hex>-predictor is a Service's name, which has 63 characters.
 LONGEST_NAME = 63 - len("-v-0123456789ab-predictor")
 _AUTOSCALER = "serving.kserve.io/autoscalerClass"
-_TOLD = ("Accepted", "ResolvedRefs")  # what a gateway says of a route
+_TOLD = ("Accepted", "ResolvedRefs")  # what every gateway says of a route; words of its own it may leave as they were
 
 
 class StandardCanary:
@@ -203,10 +203,10 @@ def _behind(route: dict[str, Any] | None) -> str:
     told = []
     for parent in ((route or {}).get("status") or {}).get("parents") or []:
         wrong = ""
-        for item in parent.get("conditions") or []:
+        for item in [item for item in parent.get("conditions") or [] if item.get("type") in _TOLD]:
             if int(item.get("observedGeneration") or generation) < generation:
                 wrong = "the gateway has not seen its last change"
-            elif item.get("type") in _TOLD and item.get("status") == "False":
+            elif item.get("status") == "False":
                 wrong = f"the gateway says {item['type']} is False ({item.get('reason')}: {item.get('message') or '-'})"
         told.append(wrong)
     # A controller that was removed leaves its words behind.

@@ -257,8 +257,10 @@ class KserveStandIn:
             return
         (accepted,) = _dated({"Accepted": ("True", "Accepted", "")}, [])
         told = {"message": "", "observedGeneration": generation}
+        # A word of its own, which a gateway need not say anew with each change.
+        other = accepted | {"type": "example.com/Known", "message": "", "observedGeneration": 1}
         parent = {"parentRef": {"name": "gateway"}, "controllerName": "example.com/gateway"}
-        status = {"parents": [{**parent, "conditions": [accepted | told]}]}
+        status = {"parents": [{**parent, "conditions": [accepted | told, other]}]}
         answer = self._server.request("PUT", f"{path}/status", {**route.body, "status": status})
         assert answer.status in (200, 404, 409), answer.message
 
