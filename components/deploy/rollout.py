@@ -120,7 +120,7 @@ def _is_number(value: Any) -> bool:
 def _check_address(address: str) -> None:
     try:
         filled = address.format(service="a", namespace="b")
-    except (KeyError, IndexError, ValueError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         filled = ""
     if not _is_url(filled) or "{service}" not in address:
         raise InputError(
@@ -132,6 +132,7 @@ def _is_url(text: str) -> bool:
     """Whether a request can be sent there; a line's end in it would begin a header of its own."""
     try:
         url = urlsplit(text)
-        return url.scheme in ("http", "https") and bool(url.hostname) and text.isprintable() and " " not in text
+        sound = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0
+        return sound and text.isprintable() and " " not in text
     except ValueError:
         return False

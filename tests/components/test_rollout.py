@@ -74,6 +74,9 @@ def test_a_rollout_is_read_as_pipelines_hands_it_over() -> None:
         ({"address": "http:///{service}"}, r"rollout\.address"),
         ({"address": "http://[{service}"}, r"rollout\.address"),
         ({"address": "http://same-for-all"}, r"rollout\.address"),
+        ({"address": "http://{service.name}"}, r"rollout\.address"),
+        ({"address": "http://{service[name]}"}, r"rollout\.address"),
+        ({"address": "http://{service}:80800"}, r"rollout\.address"),
     ],
 )
 def test_what_a_rollout_cannot_be_is_named(values: dict[str, Any], named: str) -> None:
