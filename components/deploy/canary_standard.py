@@ -88,7 +88,7 @@ class StandardCanary:
         return look_at_canary(api.deployment(deployment), pods, self._state.uri, status, self._name, least)
 
     def too_small(self) -> str:
-        """A canary has no autoscaler of its own in KServe, and no more pods than minReplicas."""
+        """KServe gives a canary no more pods than minReplicas, and an autoscaler that never adds to them."""
         stable = self._job.api.deployment(self.services[1]) or {"metadata": {}, "spec": {}}
         scaled_by = (stable["metadata"].get("annotations") or {}).get(_AUTOSCALER, "hpa")
         if scaled_by not in ("hpa", "none"):
