@@ -24,13 +24,17 @@ from .readiness import Look
 from .rollout_state import RolloutState, now
 from .traffic import Measured, Pods, Prometheus, Source, judge
 
-__all__ = ["NotSplit", "Way", "finish", "walk"]
+__all__ = ["NotSplit", "Outgrown", "Way", "finish", "walk"]
 
 _MOST_IMAGES = 8
 
 
 class NotSplit(DeployError):
     """KServe made the canary, and its route never learns of it."""
+
+
+class Outgrown(DeployError):
+    """The stable model has more pods by now than a canary may have; that is no word on the new model."""
 
 
 class Way(Protocol):
@@ -86,6 +90,7 @@ def walk(job: Job, way: Way, state: RolloutState) -> None:
     Raises:
         LeaseLost, TakenOver: somebody else is at it now; the service is theirs.
         NotSplit: no traffic can reach the canary here, which is right; the former model has all of it.
+        Outgrown: the canary is right, and cannot carry the traffic; the former model has all of it.
         DeployError: why not; the former model has all traffic again.
     """
     with _withdrawn_if_worse(job, way, state):
@@ -120,7 +125,7 @@ def _withdrawn_if_worse(job: Job, way: Way, state: RolloutState) -> Iterator[Non
         raise
     except Exception as error:
         told = explained(error)
-        kind = NotSplit if isinstance(error, NotSplit) else DeployError
+        kind = type(error) if isinstance(error, NotSplit | Outgrown) else DeployError
         raise kind(f"{told.problem}. {_back(job, way, state, told.problem)}", told.remedy) from error
     except (KeyboardInterrupt, SystemExit):  # nobody would watch it any more
         say(_back(job, way, state, "it was interrupted"))
@@ -172,10 +177,9 @@ def _route(job: Job, way: Way, state: RolloutState, traffic: int) -> RolloutStat
     """Give the canary its pods and then a share of traffic, the state by then; nothing changes where it has both."""
     reason = job.persist(way.too_small)
     if reason:
-        raise DeployError(
+        raise Outgrown(
             f"before {traffic} % of traffic: {reason}",
-            "Set spec.predictor.minReplicas to what the traffic needs, or rollout.strategy to 'shadow'; 'auto' takes a "
-            "shadow for as long as this is so.",
+            "Set spec.predictor.minReplicas to what the traffic needs, or rollout.strategy to 'auto' or 'shadow'.",
         )
     if way.at(state.traffic, traffic) != way.at(state.traffic):
         job.apply(way.at(state.traffic, traffic), replace(state, since=now()))

@@ -58,7 +58,7 @@ class RolloutState:
         try:
             entry = json.loads(notes.get(STATE, "{}"))
             state = cls(**{item.name: entry[item.name] for item in fields(cls) if item.name in entry})
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             return cls()
         kinds = all(
             isinstance(getattr(state, item.name), int if item.name == "traffic" else str) for item in fields(cls)

@@ -8,7 +8,7 @@ from typing import Any
 from haechi.components.shared.errors import DeployError
 from haechi.components.shared.progress import say
 
-from .canary import NotSplit, Way, finish, walk
+from .canary import NotSplit, Outgrown, Way, finish, walk
 from .canary_knative import KnativeCanary
 from .canary_standard import StandardCanary
 from .inference_service import (
@@ -121,17 +121,18 @@ def _begin(job: Job, found: dict[str, Any] | None) -> str:
 
 
 def _walk(job: Job, found: dict[str, Any], state: RolloutState) -> str:
-    """By a canary; where KServe makes one and splits nothing, it has proven the model, and the pods are replaced."""
+    """By a canary; where that cannot have the traffic, it has proven the model all the same, and the pods are replaced."""
     try:
         walk(job, _way(job, found, state), state)
         return state.strategy
-    except NotSplit as error:
+    except (NotSplit, Outgrown) as error:
         if job.rollout.strategy == "canary":
             raise
+        unsplit = now() if isinstance(error, NotSplit) else ""
         say(
             f"NO CANARY: {error.problem}. The model was proven beside the former one; now its pods replace the old ones."
         )
-    known = {"former": state.former, "former_name": state.former_name, "unsplit": now()}
+    known = {"former": state.former, "former_name": state.former_name, "unsplit": unsplit}
     _replace(job, job.persist(job.api.get), job.state("promoting", "shadow", **known))
     return "shadow"
 

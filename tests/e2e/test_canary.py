@@ -141,21 +141,30 @@ def test_a_service_that_has_grown_does_not_shrink_to_a_canary(
     assert found is not None
     assert found["status"]["availableReplicas"] == 3, "all of them were replaced, none was taken"
     # And where it grows while a canary is under way, the canary gets no more of the traffic.
-    del place.kserve.grown[stable]
-    until(lambda: _pods(place, stable) == 1)
-    place.network.watch = lambda path: grown(place, stable) if place.shares().get(canary) == 10 else None
     canary = f"entrance-v-{models.old.version}-predictor"
+    place.network.watch = lambda path: grown(place, stable) if place.shares().get(canary) == 10 else None
+    shrunk(place, stable)
     with pytest.raises(
         DeployError, match=r"before 50 % of traffic: the stable model has 3 pods .*all traffic"
     ) as caught:
-        place.deploy(models.old)
+        place.deploy(models.old, replace(STEPS, strategy="canary"))
     assert "minReplicas" in caught.value.remedy
     until(lambda: place.only(models.new))
+    shrunk(place, stable)
+    assert place.deploy(models.old) == "shadow"
+    assert "NO CANARY: before 50 % of traffic" in capsys.readouterr().err
+    until(lambda: place.only(models.old))
+    assert not place.state().unsplit, "the next one has its canary again"
 
 
 def grown(place: Place, deployment: str) -> None:
     place.kserve.grown[deployment] = 3
     until(lambda: _pods(place, deployment) == 3)
+
+
+def shrunk(place: Place, deployment: str) -> None:
+    del place.kserve.grown[deployment]
+    until(lambda: _pods(place, deployment) == 1)
 
 
 def _pods(place: Place, deployment: str) -> int:
