@@ -107,7 +107,18 @@ ODD = [
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "[" * 100_000, '"x"', '{"phase": "flying"}', '{"phase": 1}', '{"traffic": "10"}', *ODD]
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        pytest.param("[" * 100_000, id="brackets"),
+        '"x"',
+        '{"phase": "flying"}',
+        '{"phase": 1}',
+        '{"traffic": "10"}',
+        *ODD,
+    ],
 )
 def test_a_state_that_cannot_be_read_is_none(text: str) -> None:
     assert RolloutState.of({"metadata": {"annotations": {STATE: text}}}) == RolloutState()
