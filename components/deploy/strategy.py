@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from haechi.components.shared.errors import DeployError, DeployRefused
+from haechi.components.shared.progress import say
 
 from .canary_standard import LONGEST_NAME, StandardCanary
 from .inference_service import MODE
@@ -69,7 +70,20 @@ def choose(job: Job, found: dict[str, Any], state: RolloutState) -> Choice:
             f"rollout.strategy is 'canary', and traffic of {job.api.namespace}/{job.api.name} cannot be split: {why}",
             "Mend that (option gateway-canary of the manifests), or set it to 'auto', 'shadow' or 'rolling'.",
         )
-    return Choice("shadow", why) if why else Choice("canary")
+    if why:
+        return Choice("shadow", why)
+    _tell_whose_pods(job, found["spec"]["predictor"])
+    return Choice("canary")
+
+
+def _tell_whose_pods(job: Job, stable: dict[str, Any]) -> None:
+    """KServe scales a service of a fixed size down by its canary's pods, before those have the traffic."""
+    least = int(stable.get("minReplicas") or 1)
+    if least > 1 and not stable.get("maxReplicas"):
+        say(
+            f"{job.api.namespace}/{job.api.name}: KServe takes the canary's pods from the {least} of the stable model, "
+            "since spec.predictor.maxReplicas is not set: set it, and the stable model keeps what its traffic needs"
+        )
 
 
 def _config(job: Job) -> dict[str, Any] | None:

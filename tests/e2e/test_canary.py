@@ -105,7 +105,7 @@ def test_all_traffic_is_with_the_canary_before_the_former_goes(
 
 
 def test_a_canary_has_its_pods_before_it_has_their_traffic(
-    place: Place, models: Models, monkeypatch: pytest.MonkeyPatch
+    place: Place, models: Models, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place.deploy(models.old)
     place.apply_as("operations", {"predictor": {"minReplicas": 3}})
@@ -123,6 +123,11 @@ def test_a_canary_has_its_pods_before_it_has_their_traffic(
     assert place.deploy(models.new, STEPS) == "canary"
     assert pods == {10: 1, 50: 2, 100: 3}
     until(lambda: place.only(models.new))
+    told = "KServe takes the canary's pods from the 3 of the stable model, since spec.predictor.maxReplicas is not set"
+    assert told in capsys.readouterr().err
+    place.apply_as("operations", {"predictor": {"minReplicas": 3, "maxReplicas": 6}})
+    assert place.deploy(models.old, STEPS) == "canary"
+    assert told not in capsys.readouterr().err
 
 
 def test_a_service_that_has_grown_does_not_shrink_to_a_canary(
