@@ -32,6 +32,7 @@ __all__ = [
     "find",
     "identity",
     "merged",
+    "patched",
     "pods",
     "reaches",
     "render",
@@ -80,11 +81,21 @@ def _rendered(target: str) -> str:
     name = target.removeprefix("components/")
     # gateway-canary comes first, as istio-auth changes what it brings.
     options = sorted(COMPONENTS, key="gateway-canary".__ne__) if name == "*" else [*_NEEDS.get(name, []), name]
+    return _elsewhere(
+        kubectl, resources=[f"base/{base}" for base in BASES], components=[f"components/{x}" for x in options]
+    )
+
+
+def _elsewhere(
+    kubectl: str, resources: list[str], components: list[str] | None = None, more: Object | None = None
+) -> str:
+    """What a kustomization that stands outside of manifests/ makes of these."""
     with tempfile.TemporaryDirectory() as folder:
         relative = os.path.relpath(MANIFESTS, Path(folder).resolve())
         wanted = {
-            "resources": [f"{relative}/base/{base}" for base in BASES],
-            "components": [f"{relative}/components/{item}" for item in options],
+            "resources": [f"{relative}/{item}" for item in resources],
+            "components": [f"{relative}/{item}" for item in components or []],
+            **(more or {}),
         }
         (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(wanted))
         return _kustomize(kubectl, Path(folder))
@@ -105,6 +116,14 @@ def render(target: str) -> list[Object]:
 @functools.cache
 def _parsed(target: str) -> list[Object]:
     return [item for item in yaml.load_all(_rendered(target), Loader=yaml.CSafeLoader) if item]
+
+
+def patched(target: str, patches: Object) -> list[Object]:
+    """The objects of a base or overlay under an overlay of one's own that has these `patches:`, as the docs give them."""
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
+    return [item for item in yaml.safe_load_all(_elsewhere(kubectl, [target], more=patches)) if item]
 
 
 def identity(item: Object) -> str:

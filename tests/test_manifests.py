@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from haechi.components.deploy.inference_service import manifest
-from haechi.components.deploy.strategy import _CONFIG
+from haechi.components.deploy.kserve_settings import CONFIG_MAP, NAMESPACES
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.settings import ENDPOINT_CREDENTIALS, GIT_CREDENTIALS, Settings
 from haechi.serving.command import add_arguments
@@ -33,6 +33,7 @@ from tests.rendered import (
     find,
     identity,
     merged,
+    patched,
     pods,
     reaches,
     render,
@@ -574,7 +575,7 @@ def test_no_field_of_the_service_has_two_owners() -> None:
 def test_whoever_deploys_may_ask_kserve_for_its_mode_and_for_nothing_else(overlay: str) -> None:
     objects = render(f"overlays/{overlay}")
     rule = {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get"]}
-    assert find(objects, "Role", namespace="kserve")["rules"] == [{**rule, "resourceNames": [_CONFIG[1]]}]
+    assert find(objects, "Role", namespace="kserve")["rules"] == [{**rule, "resourceNames": [CONFIG_MAP]}]
     bound = [item for item in objects if item["kind"] == "RoleBinding"]
     deploying, asking = (
         {
@@ -587,6 +588,20 @@ def test_whoever_deploys_may_ask_kserve_for_its_mode_and_for_nothing_else(overla
         for role in ("haechi-deploy", "haechi-kserve-mode")
     )
     assert deploying == asking == {("kubeflow", "pipeline-runner"), ("kubeflow", "haechi-reconciler")}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_patch_of_the_docs_brings_all_to_the_kserve_of_the_kubeflow_platform(overlay: str) -> None:
+    [block] = re.findall(
+        r"```yaml\n(patches:\n[^`]*namespace: kserve.*?)```", (ROOT / "docs/manifests.md").read_text(), re.DOTALL
+    )
+    plain, moved = render(f"overlays/{overlay}"), patched(f"overlays/{overlay}", yaml.safe_load(block))
+    usual, platform = NAMESPACES
+    wanted = {identity(item).replace(f"/{usual}/", f"/{platform}/") for item in plain}
+    assert {identity(item) for item in moved} == wanted
+    assert len(moved) == len(plain)
+    assert find(moved, "RoleBinding", "haechi-kserve-mode", platform)["roleRef"]["name"] == "haechi-kserve-mode"
+    assert find(moved, "Role", "haechi-kserve-mode", platform)
 
 
 def test_the_pipelines_service_account_may_do_what_deploy_does_and_no_more() -> None:

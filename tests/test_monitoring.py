@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.rendered import MANIFESTS, ROOT, Object, find, pods, render
+from tests.rendered import MANIFESTS, ROOT, Object, find, patched, pods, render
 from tests.serving_process import running
 from tests.tiny_models import paint, shade, tiny_model_folder
 
@@ -300,13 +299,12 @@ def test_prometheus_reads_the_detectors_at_their_port() -> None:
     assert {item["targetLabel"] for item in endpoint["relabelings"]} <= _SCRAPED
 
 
-def test_prometheus_shows_a_key_where_an_overlay_has_the_patch_of_the_docs(tmp_path: Path) -> None:
+def test_prometheus_shows_a_key_where_an_overlay_has_the_patch_of_the_docs() -> None:
     (plain,) = find(render("base/monitoring"), "PodMonitor")["spec"]["podMetricsEndpoints"]
-    [block] = re.findall(r"```yaml\n(.*?PodMonitor.*?)```", (ROOT / "docs/manifests.md").read_text(), re.DOTALL)
-    base = os.path.relpath(MANIFESTS / "base/monitoring", tmp_path.resolve())
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump({"resources": [base], **yaml.safe_load(block)}))
-    done = subprocess.run(["kubectl", "kustomize", str(tmp_path)], capture_output=True, text=True, check=True)
-    (endpoint,) = find(list(yaml.safe_load_all(done.stdout)), "PodMonitor")["spec"]["podMetricsEndpoints"]
+    [block] = re.findall(
+        r"```yaml\n(patches:\n[^`]*PodMonitor.*?)```", (ROOT / "docs/manifests.md").read_text(), re.DOTALL
+    )
+    (endpoint,) = find(patched("base/monitoring", yaml.safe_load(block)), "PodMonitor")["spec"]["podMetricsEndpoints"]
     shown = {"type": "Bearer", "credentials": {"name": "haechi-metrics", "key": "api_key"}}
     assert endpoint == plain | {"authorization": shown}
 

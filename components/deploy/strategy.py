@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,12 @@ from haechi.components.shared.progress import say
 from .canary_standard import LONGEST_NAME, StandardCanary
 from .inference_service import MODE
 from .job import Job
+from .kserve_settings import kserve_settings
 from .kubernetes_api import Forbidden
 from .rollout_state import RolloutState
 
 __all__ = ["Choice", "choose"]
 
-_CONFIG = ("kserve", "inferenceservice-config")  # namespace and name of KServe's settings
 _MAY_READ = "Role haechi-kserve-mode of manifests/base/kserve"
 _MODES = {"Standard": "Standard", "RawDeployment": "Standard", "Knative": "Knative", "Serverless": "Knative"}
 
@@ -86,42 +85,42 @@ def _tell_whose_pods(job: Job, stable: dict[str, Any]) -> None:
         )
 
 
-def _config(job: Job) -> dict[str, Any] | None:
+def _config(job: Job) -> dict[str, dict[str, Any]] | None:
     """KServe's settings by section; None where they are not there or may not be read."""
-    try:
-        data = job.persist(lambda: job.api.config_map(*_CONFIG))
-    except Forbidden:
-        return None
-    return None if data is None else {key: _json(data.get(key, "")) for key in ("deploy", "ingress")}
+
+    def read(namespace: str, name: str) -> dict[str, str] | None:
+        try:
+            return job.persist(lambda: job.api.config_map(namespace, name))
+        except Forbidden:
+            return None
+
+    found = kserve_settings(read)
+    return found[1] if found else None
 
 
-def _json(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _mode(found: dict[str, Any], config: dict[str, Any] | None) -> str:
+def _mode(found: dict[str, Any], config: dict[str, dict[str, Any]] | None) -> str:
     """`Standard` or `Knative`; another mode as it is, and empty where nothing tells."""
     notes = found["metadata"].get("annotations") or {}
     told = (found.get("status") or {}).get("deploymentMode") or notes.get(MODE)
-    told = told or ((config or {}).get("deploy") or {}).get("defaultDeploymentMode") or ""
+    told = told or (config or {}).get("deploy", {}).get("defaultDeploymentMode") or ""
     return _MODES.get(str(told), str(told))
 
 
-def _why_not(job: Job, found: dict[str, Any], state: RolloutState, mode: str, config: dict[str, Any] | None) -> str:
+def _why_not(
+    job: Job, found: dict[str, Any], state: RolloutState, mode: str, config: dict[str, dict[str, Any]] | None
+) -> str:
     """Why traffic cannot be split in mode Standard; empty where it can."""
     api = job.api
     if mode != "Standard":
-        unread = "" if config else f"; it may stand in KServe's settings, which cannot be read ({_MAY_READ})"
+        unread = (
+            "" if config is not None else f"; it may stand in KServe's settings, which cannot be read ({_MAY_READ})"
+        )
         return f"KServe's mode is {mode or f'not known yet{unread}'}"
     if len(api.name) > LONGEST_NAME:
         return f"the service's name has more than {LONGEST_NAME} characters"
     if not job.persist(lambda: api.serves_group("gateway.networking.k8s.io")):
         return "the cluster has no Gateway API"
-    if config is not None and config["ingress"].get("enableGatewayApi") is not True:
+    if config is not None and config.get("ingress", {}).get("enableGatewayApi") is not True:
         return "KServe's ingress.enableGatewayApi is not true"
     try:
         if job.persist(api.route) is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from haechi.components.deploy.kserve_settings import CONFIG_MAP, NAMESPACES, kserve_settings
 from haechi.components.deploy.readiness import predictor_name
 
 from .findings import CannotLook, Finding, each_object
@@ -17,21 +18,20 @@ _GATEWAY, _KNATIVE = "gateway.networking.k8s.io", "serving.knative.dev"
 _MODE = "serving.kserve.io/deploymentMode"
 _STANDARD = ("Standard", "RawDeployment")
 _KNATIVE_MODES = ("Knative", "Serverless")
-_CONFIG = ("kserve", "inferenceservice-config")
 
 
 def canary_mode(world: World) -> list[Finding]:
     """Canaries in a mode that splits traffic: `canaryTrafficPercent` in Knative, `spec.canary` with Gateway API."""
-    config = _kserve_config(world)
-    return each_object(services(world), lambda service: _canary(world, service, config))
+    place, config = _kserve_config(world)
+    return each_object(services(world), lambda service: _canary(world, service, place, config))
 
 
 def uses_gateway_api(world: World) -> bool:
     """Whether KServe makes HTTPRoutes, by its ConfigMap; not where we may not see that."""
-    return bool((_kserve_config(world).get("ingress") or {}).get("enableGatewayApi"))
+    return bool(_kserve_config(world)[1].get("ingress", {}).get("enableGatewayApi"))
 
 
-def _canary(world: World, service: dict[str, Any], config: dict[str, Any]) -> list[Finding]:
+def _canary(world: World, service: dict[str, Any], place: str, config: dict[str, dict[str, Any]]) -> list[Finding]:
     spec, namespace, name = service["spec"], service["metadata"]["namespace"], service["metadata"]["name"]
     share, split = (spec.get("predictor") or {}).get("canaryTrafficPercent"), spec.get("canary")
     mode = _mode(service, config)
@@ -53,7 +53,7 @@ def _canary(world: World, service: dict[str, Any], config: dict[str, Any]) -> li
             )
         )
     if split and mode in _STANDARD:
-        found += _gateway(world, service, config)
+        found += _gateway(world, service, place, config)
     if mode in _KNATIVE_MODES and not world.cluster.serves(_KNATIVE):
         fix = f"kubectl -n {namespace} annotate inferenceservice {name} --overwrite {_MODE}=Standard"
         if (service.get("status") or {}).get("deploymentMode"):
@@ -66,7 +66,7 @@ def _canary(world: World, service: dict[str, Any], config: dict[str, Any]) -> li
     return found
 
 
-def _gateway(world: World, service: dict[str, Any], config: dict[str, Any]) -> list[Finding]:
+def _gateway(world: World, service: dict[str, Any], place: str, config: dict[str, dict[str, Any]]) -> list[Finding]:
     """What spec.canary needs in mode Standard: Gateway API, KServe told to use it, and the Gateway that it names."""
     symptom = f"{name_of(service)} has spec.canary, and no traffic is split"
     if not world.cluster.serves(_GATEWAY):
@@ -85,8 +85,8 @@ def _gateway(world: World, service: dict[str, Any], config: dict[str, Any]) -> l
             Finding(
                 symptom,
                 "KServe does not use Gateway API: ingress.enableGatewayApi in its ConfigMap is not true",
-                "kubectl -n kserve edit configmap inferenceservice-config   # in ingress: "
-                '"enableGatewayApi": true, "kserveIngressGateway": "kserve/kserve-ingress-gateway"',
+                f"kubectl -n {place} edit configmap {CONFIG_MAP}   # in ingress: "
+                f'"enableGatewayApi": true, "kserveIngressGateway": "{place}/kserve-ingress-gateway"',
             )
         ]
     namespace, _, name = str(ingress.get("kserveIngressGateway") or "").partition("/")
@@ -132,23 +132,20 @@ def _without(service: dict[str, Any], path: str) -> str:
     return f"kubectl -n {meta['namespace']} patch inferenceservice {meta['name']} --type=json -p '{patch}'"
 
 
-def _mode(service: dict[str, Any], config: dict[str, Any]) -> str:
+def _mode(service: dict[str, Any], config: dict[str, dict[str, Any]]) -> str:
     """The status is what happened, the annotation what was asked, the ConfigMap what is usual."""
     annotations = service["metadata"].get("annotations") or {}
-    default = (config.get("deploy") or {}).get("defaultDeploymentMode")
+    default = config.get("deploy", {}).get("defaultDeploymentMode")
     return str((service.get("status") or {}).get("deploymentMode") or annotations.get(_MODE) or default or "")
 
 
-def _kserve_config(world: World) -> dict[str, Any]:
-    """The parts of KServe's ConfigMap, parsed; empty where there is none or we may not see it."""
-    try:
-        data = world.config(*_CONFIG) or {}
-    except CannotLook:
-        return {}
-    parsed: dict[str, Any] = {}
-    for key in ("deploy", "ingress"):
+def _kserve_config(world: World) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Where KServe's settings stand, and their sections; none where there are none or we may not see them."""
+
+    def read(namespace: str, name: str) -> dict[str, str] | None:
         try:
-            parsed[key] = json.loads(data[key])
-        except (KeyError, ValueError):
-            continue
-    return {key: value for key, value in parsed.items() if isinstance(value, dict)}
+            return world.config(namespace, name)
+        except CannotLook:
+            return None
+
+    return kserve_settings(read) or (NAMESPACES[0], {})

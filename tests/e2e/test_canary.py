@@ -584,26 +584,28 @@ def no_route(place: Place) -> str:
     return "there is no HTTPRoute entrance"
 
 
-def settings_say_no(place: Place) -> str:
+def settings_say_no(place: Place, namespace: str = "kserve") -> str:
     """KServe's own settings, in a namespace that every test shares: read-only to our user, made here."""
     place.kserve.gateway = True
     until(lambda: place.shares())
-    return _with_settings(place, '{"enableGatewayApi": false}', "ingress.enableGatewayApi is not true")
-
-
-def _with_settings(place: Place, ingress: str, expected: str) -> str:
     cluster = place.cluster
-    cluster.make_namespace("kserve")
-    meta = {"name": "inferenceservice-config", "namespace": "kserve"}
-    cluster.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": {"ingress": ingress}})
-    group, meta = "rbac.authorization.k8s.io", {"name": "haechi-settings", "namespace": "kserve"}
+    cluster.make_namespace(namespace)
+    meta = {"name": "inferenceservice-config", "namespace": namespace}
+    data = {"ingress": '{"enableGatewayApi": false}'}
+    cluster.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data})
+    group, meta = "rbac.authorization.k8s.io", {"name": "haechi-settings", "namespace": namespace}
     rule = {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get"]}
     cluster.apply({"apiVersion": f"{group}/v1", "kind": "Role", "metadata": meta, "rules": [rule]})
     subjects = [{"kind": "ServiceAccount", "name": "pipeline-runner", "namespace": "kubeflow"}]
     role = {"apiGroup": group, "kind": "Role", "name": "haechi-settings"}
     binding = {"apiVersion": f"{group}/v1", "kind": "RoleBinding", "metadata": meta, "roleRef": role}
     cluster.apply({**binding, "subjects": subjects})
-    return expected
+    return "ingress.enableGatewayApi is not true"
+
+
+def settings_beside_pipelines_say_no(place: Place) -> str:
+    """As the Kubeflow platform installs KServe."""
+    return settings_say_no(place, "kubeflow")
 
 
 def test_a_kserve_that_makes_canaries_and_splits_nothing_is_seen_once(
@@ -643,7 +645,7 @@ def test_an_error_that_nobody_thought_of_withdraws_the_canary(
     assert serving_old.state().phase == "failed"
 
 
-@pytest.mark.parametrize("spoil", [no_route, settings_say_no])
+@pytest.mark.parametrize("spoil", [no_route, settings_say_no, settings_beside_pipelines_say_no])
 def test_a_canary_that_is_asked_for_by_name_is_refused(
     without_gateway: Place, models: Models, spoil: Callable[[Place], str]
 ) -> None:
@@ -652,7 +654,9 @@ def test_a_canary_that_is_asked_for_by_name_is_refused(
         with pytest.raises(DeployRefused, match=f"rollout.strategy is 'canary', and .*{spoil(place)}") as caught:
             place.deploy(models.new, replace(STEPS, strategy="canary"))
     finally:
-        place.cluster.request("DELETE", "/api/v1/namespaces/kserve/configmaps/inferenceservice-config")
+        for namespace in ("kserve", "kubeflow"):
+            path = f"/api/v1/namespaces/{namespace}/configmaps/inferenceservice-config"
+            place.cluster.request("DELETE", path)
     assert "gateway-canary" in caught.value.remedy
     assert place.service()["metadata"]["generation"] == generation
 

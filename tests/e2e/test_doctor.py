@@ -155,7 +155,8 @@ def kubeflow(cluster: ApiServer) -> ApiServer:
 @pytest.fixture
 def place(kubeflow: ApiServer, store: Store, mlflow_uri: str) -> Iterator[Place]:
     yield Place(kubeflow, store.settings, mlflow_uri)
-    kubeflow.request("DELETE", "/api/v1/namespaces/kserve/configmaps/inferenceservice-config")
+    for namespace in ("kserve", "kubeflow"):
+        kubeflow.request("DELETE", f"/api/v1/namespaces/{namespace}/configmaps/inferenceservice-config")
 
 
 @pytest.fixture
@@ -636,9 +637,9 @@ SECOND = {"name": "b", "modelFormat": {"name": "yolo-onnx"}, "storageUri": "s3:/
 CANARY = {"canary": [{"predictor": {"name": "b", "model": SECOND}, "trafficPercent": 10}]}
 
 
-def kserve_config(place: Place, **ingress: Any) -> None:
+def kserve_config(place: Place, where: str = "kserve", **ingress: Any) -> None:
     place.config(
-        "kserve",
+        where,
         "inferenceservice-config",
         deploy=json.dumps({"defaultDeploymentMode": "Standard"}),
         ingress=json.dumps(ingress),
@@ -669,6 +670,15 @@ def test_a_canary_without_its_gateway_is_found(place: Place, ingress: dict[str, 
     kserve_config(place, **ingress)
     place.isvc("entrance", CANARY, {"deploymentMode": "Standard"})
     assert cause in only(place.examine(), "canary-mode").cause
+
+
+def test_the_kserve_of_the_kubeflow_platform_is_found_beside_pipelines(place: Place) -> None:
+    kserve_config(place, "kubeflow", enableGatewayApi=False)
+    place.isvc("entrance", CANARY, {})
+    finding = only(place.examine(), "canary-mode")
+    assert "enableGatewayApi" in finding.cause
+    assert "kubectl -n kubeflow edit configmap inferenceservice-config" in finding.fix
+    assert '"kubeflow/kserve-ingress-gateway"' in finding.fix
 
 
 def test_settings_of_kserve_that_are_no_mappings_are_passed_over(place: Place) -> None:

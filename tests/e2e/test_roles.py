@@ -14,9 +14,9 @@ import pytest
 import yaml
 from api_server import ApiServer
 
+from haechi.components.deploy.kserve_settings import CONFIG_MAP, NAMESPACES
 from haechi.components.deploy.kubernetes_api import Forbidden, InferenceServiceApi
 from haechi.components.deploy.observe import observe
-from haechi.components.deploy.strategy import _CONFIG
 from haechi.components.deploy.target import Target
 from haechi.pipelines.doctor.checks import CHECKS
 from haechi.pipelines.doctor.cluster import RIGHTS
@@ -32,6 +32,7 @@ VIEWER, OPERATOR, RUNNER, RECONCILER = (
     f"kubeflow/{name}" for name in ("viewer", "operator", "pipeline-runner", "haechi-reconciler")
 )
 MODEL = {"modelFormat": {"name": "yolo-onnx"}, "storageUri": "s3://haechi/models/safety/0123456789ab"}
+_CONFIG = (NAMESPACES[0], CONFIG_MAP)
 SERVICE = "/apis/serving.kserve.io/v1beta1/namespaces/haechi-serving/inferenceservices"
 
 
