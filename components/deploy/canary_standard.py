@@ -129,14 +129,14 @@ class StandardCanary:
         return look(found, "", self._job.api.deployment)
 
     def withdraw(self, state: RolloutState) -> None:
-        """Without the canary; after a promotion, the former model by its former name. What others named stays."""
+        """Without the canary; after a promotion, the former model in place of ours. What others named stays."""
         job, former = self._job, state.former
         found = job.persist(job.api.get)
         if found is None:
             raise TakenOver("the service was deleted meanwhile", "Run deploy again to make it anew.")
         named = storage_uri(found)
         if named == self._state.uri:
-            job.restore(found, state.former_name, state)
+            job.restore(found, state)
             return
         body = ours(found)
         theirs = named != former and not owned(found, "f:predictor", "f:model", "f:storageUri")

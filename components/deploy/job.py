@@ -64,12 +64,12 @@ class Job:
         """Call the API, and try again where it is away, for a while."""
         return persist(work, self.patience, self.lease.renew)
 
-    def restore(self, found: dict[str, Any], name: str, failed: RolloutState) -> None:
-        """Put the former model back and wait until it serves.
+    def restore(self, found: dict[str, Any], failed: RolloutState) -> None:
+        """Put the former model back in place and wait until it serves; what serves goes on until then.
 
         Args:
-            found: the service as it is.
-            name: the former predictor's own name, or empty.
+            found: the service as it is. The predictor keeps its name: by another one it would be another Deployment, and
+                KServe takes away what the spec no longer names before anything else is up.
             failed: the state to end in; it names the former model and the reason.
         """
         former, meta = failed.former, found["metadata"]
@@ -78,6 +78,7 @@ class Job:
         body = bare(self.api.namespace, self.api.name, model, version, former)
         notes = meta.get("annotations") or {}
         body["metadata"]["annotations"] = {key: notes[key] for key in (MODE, TAG_ROUTING) if key in notes}
+        name = found["spec"]["predictor"].get("name")
         body["spec"]["predictor"] |= {"name": name} if name else {}
         self.apply(body, replace(failed, phase="back", since=now()))
         wait(

@@ -171,7 +171,7 @@ def _clean_up(job: Job, found: dict[str, Any], state: RolloutState) -> dict[str,
         if state.strategy in _CANARIES:
             _way(job, found, state).withdraw(failed)
         elif storage_uri(found) == state.uri and state.former not in ("", state.uri):
-            job.restore(found, state.former_name, failed)
+            job.restore(found, failed)
         else:
             job.apply(ours(found), failed)
     except TakenOver as error:
@@ -248,7 +248,7 @@ def _ask(job: Job, wanted: dict[str, Any], failed: RolloutState) -> None:
         _note(job, failed)
         raise DeployError(f"{problem}. There was no model before it, so the object stays for you to look at", remedy)
     try:
-        job.restore(found, name, failed)
+        job.restore(found, failed)
     except (LeaseLost, TakenOver):
         raise
     except DeployError as error:

@@ -360,7 +360,8 @@ def test_a_promotion_that_does_not_serve_is_undone(
     monkeypatch.setattr(Job, "apply", apply_and_break)
     with pytest.raises(DeployError, match=r"did not become ready .*has all traffic again"):
         serving_old.deploy(models.new, replace(STEPS, steps=(100,)), HASTY)
-    assert serving_old.service()["spec"]["predictor"].get("name", "") == ""
+    until(lambda: serving_old.only(models.old))
+    assert serving_old.service()["spec"]["predictor"]["name"] == f"v-{models.new.version}", "in place, whatever has gone"
 
 
 def test_a_controller_that_restarts_meanwhile_is_waited_for(place: Place, models: Models) -> None:

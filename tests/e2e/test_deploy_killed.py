@@ -14,8 +14,12 @@ from typing import Any
 
 import pytest
 from canary_world import STEADY, STEPS, Models, Place, until
+from kserve_stand_in import Fate
 
-from haechi.components.deploy.rollout_state import STATE
+from haechi.components.deploy import canary
+from haechi.components.deploy.canary import Way
+from haechi.components.deploy.job import Job
+from haechi.components.deploy.rollout_state import STATE, RolloutState
 from haechi.components.shared.errors import DeployError
 from haechi.components.shared.kubernetes_caller import KubernetesCaller
 from haechi.components.shared.model_folder import ModelFolder
@@ -165,3 +169,33 @@ def test_killed_after_any_write_of_a_withdrawal_it_is_withdrawn_by_the_next_run(
             assert place.state().phase == "failed"
     assert reached >= 4
     assert not wrong
+
+
+def test_a_promotion_that_is_taken_back_late_leaves_no_moment_without_pods(
+    place: Place, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed once the new model alone is named; KServe has taken the former Deployment away before the next run."""
+
+    class Killed(BaseException):
+        pass
+
+    def promote_and_die(job: Job, way: Way, state: RolloutState) -> None:
+        job.apply(way.promoted(), replace(state, phase="promoting", traffic=100))
+        raise Killed
+
+    place.deploy(models.old, owner="run")
+    wait_for(place, models.old)
+    with users(place, models) as wrong:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(canary, "_promote", promote_and_die)
+            place.deploy(models.new, SHORT, STEADY, owner="run")
+        until(lambda: place.kserve.deployment("entrance-predictor") is None)
+        place.kserve.fates[models.uri(models.old)] = Fate(ready_after=1.0)
+        # As where a pod of the new model is away for a moment: then it is not kept, though it was proven.
+        monkeypatch.setattr("haechi.components.deploy.swap._serves", lambda *_: False)
+        place.deploy(models.old, SHORT, STEADY, owner="run")
+        until(lambda: place.only(models.old))
+    assert not wrong
+    assert place.service()["spec"]["predictor"]["name"] == f"v-{models.new.version}", "in place"
+    place.deploy(models.new, SHORT, STEADY, owner="run")
+    until(lambda: place.only(models.new))
