@@ -361,7 +361,7 @@ def test_a_promotion_that_does_not_serve_is_undone(
     with pytest.raises(DeployError, match=r"did not become ready .*has all traffic again"):
         serving_old.deploy(models.new, replace(STEPS, steps=(100,)), HASTY)
     until(lambda: serving_old.only(models.old))
-    assert serving_old.service()["spec"]["predictor"]["name"] == f"v-{models.new.version}", "in place, whatever has gone"
+    assert serving_old.service()["spec"]["predictor"]["name"] == f"v-{models.new.version}", "in place"
 
 
 def test_a_controller_that_restarts_meanwhile_is_waited_for(place: Place, models: Models) -> None:
