@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -73,35 +74,31 @@ class Pod:
 
 @functools.cache
 def _rendered(target: str) -> str:
-    kubectl = shutil.which("kubectl")
-    if kubectl is None:
-        pytest.skip("kubectl is not installed")
     if not target.startswith("components/"):
-        return _kustomize(kubectl, MANIFESTS / target)
+        return _kustomize(MANIFESTS / target)
     name = target.removeprefix("components/")
     # gateway-canary comes first, as istio-auth changes what it brings.
     options = sorted(COMPONENTS, key="gateway-canary".__ne__) if name == "*" else [*_NEEDS.get(name, []), name]
-    return _elsewhere(
-        kubectl, resources=[f"base/{base}" for base in BASES], components=[f"components/{x}" for x in options]
-    )
+    return _elsewhere([f"base/{base}" for base in BASES], [f"components/{item}" for item in options])
 
 
-def _elsewhere(
-    kubectl: str, resources: list[str], components: list[str] | None = None, more: Object | None = None
-) -> str:
+def _elsewhere(resources: list[str], components: list[str], more: Object | None = None) -> str:
     """What a kustomization that stands outside of manifests/ makes of these."""
     with tempfile.TemporaryDirectory() as folder:
         relative = os.path.relpath(MANIFESTS, Path(folder).resolve())
         wanted = {
             "resources": [f"{relative}/{item}" for item in resources],
-            "components": [f"{relative}/{item}" for item in components or []],
+            "components": [f"{relative}/{item}" for item in components],
             **(more or {}),
         }
         (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(wanted))
-        return _kustomize(kubectl, Path(folder))
+        return _kustomize(Path(folder))
 
 
-def _kustomize(kubectl: str, folder: Path) -> str:
+def _kustomize(folder: Path) -> str:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr  # deprecated fields are told there
@@ -118,12 +115,11 @@ def _parsed(target: str) -> list[Object]:
     return [item for item in yaml.load_all(_rendered(target), Loader=yaml.CSafeLoader) if item]
 
 
-def patched(target: str, patches: Object) -> list[Object]:
-    """The objects of a base or overlay under an overlay of one's own that has these `patches:`, as the docs give them."""
-    kubectl = shutil.which("kubectl")
-    if kubectl is None:
-        pytest.skip("kubectl is not installed")
-    return [item for item in yaml.safe_load_all(_elsewhere(kubectl, [target], more=patches)) if item]
+def patched(target: str, words: str) -> list[Object]:
+    """The objects of a base or overlay under an overlay that has the one `patches:` of docs/manifests.md with these words."""
+    blocks = re.findall(r"```yaml\n(patches:\n.*?)```", (ROOT / "docs/manifests.md").read_text(), re.DOTALL)
+    [block] = [block for block in blocks if words in block]
+    return [item for item in yaml.safe_load_all(_elsewhere([target], [], yaml.safe_load(block))) if item]
 
 
 def identity(item: Object) -> str:

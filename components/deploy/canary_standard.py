@@ -15,8 +15,9 @@ from typing import Any
 from haechi.components.shared.errors import DeployError
 from haechi.components.shared.progress import say
 
-from .inference_service import MODE, PREVIOUS, TakenOver, ours, owned, wait
+from .inference_service import PREVIOUS, TakenOver, ours, owned, wait
 from .job import Job
+from .kserve_settings import MODE
 from .kubernetes_api import Forbidden
 from .lease import LeaseLost
 from .readiness import Look, look, look_at_canary, predictor_name, storage_uri

@@ -16,13 +16,13 @@ from haechi.components.shared.errors import DeployError, HaechiError
 from haechi.components.shared.model_folder import ModelFolder
 from haechi.components.shared.progress import say
 
+from .kserve_settings import MODE
 from .kubernetes_api import MANAGER, Away, InferenceServiceApi
 from .lease import LeaseLost
 from .readiness import Look, latest_revision, look, storage_uri
 from .rollout_state import STATE
 
 __all__ = [
-    "MODE",
     "PREVIOUS",
     "TAG_ROUTING",
     "Patience",
@@ -31,6 +31,7 @@ __all__ = [
     "explained",
     "manifest",
     "ours",
+    "own_name",
     "owned",
     "persist",
     "refuse_canary",
@@ -40,7 +41,6 @@ __all__ = [
 ]
 
 PREVIOUS = "haechi.io/previous-storage-uri"  # lets a repeated step, killed while it waited, still go back
-MODE = "serving.kserve.io/deploymentMode"
 TAG_ROUTING = "serving.kserve.io/enable-tag-routing"
 _OUR_LABELS, _OUR_NOTES = "app.kubernetes.io/", "haechi.io/"
 _DIGESTS = tuple(f"haechi.io/{name}" for name in ("onnx-sha256", "checkpoint-sha256", "dataset-digest", "run-id"))
@@ -116,7 +116,7 @@ def ours(found: dict[str, Any]) -> dict[str, Any]:
                 if (key.startswith(_OUR_NOTES) and key != STATE) or key in (MODE, TAG_ROUTING)
             },
         },
-        "spec": {"predictor": {"model": served, **links, **_own_name(predictor), **worn(found)}},
+        "spec": {"predictor": {"model": served, **links, **own_name(predictor), **worn(found)}},
     }
 
 
@@ -171,7 +171,7 @@ def roll_out(
     if previous:
         wanted["metadata"]["annotations"][PREVIOUS] = previous
     # Without the name that a canary left, the Deployment would be renamed and the old one deleted at once.
-    wanted["spec"]["predictor"] |= _own_name(((before or {}).get("spec") or {}).get("predictor") or {})
+    wanted["spec"]["predictor"] |= own_name(((before or {}).get("spec") or {}).get("predictor") or {})
     stale = latest_revision(before) if storage_uri(before) != uri else ""
     try:
         persist(lambda: api.apply(wanted), patience, tick)
@@ -205,7 +205,8 @@ def persist(work: Callable[[], _Result], patience: Patience, tick: Callable[[], 
         tick()
 
 
-def _own_name(predictor: dict[str, Any]) -> dict[str, str]:
+def own_name(predictor: dict[str, Any]) -> dict[str, str]:
+    """The field `name` of a predictor, where it has one: by another name it would be another Deployment."""
     return {"name": predictor["name"]} if predictor.get("name") else {}
 
 
@@ -328,7 +329,7 @@ def _go_back(api: InferenceServiceApi, wanted: dict[str, Any], previous: str) ->
         if not previous:
             return "There was no model before it, so the object stays for you to look at"
         former = bare(api.namespace, api.name, labels["app.kubernetes.io/name"], version, previous)
-        former["spec"]["predictor"] |= _own_name(wanted["spec"]["predictor"])
+        former["spec"]["predictor"] |= own_name(wanted["spec"]["predictor"])
         api.apply(former)
     except DeployError as error:
         return f"Going back to {previous or 'no model'} failed too: {error.problem}"

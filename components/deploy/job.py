@@ -12,7 +12,8 @@ from haechi.components.shared.parity import Agreement
 
 from .credential import Credential
 from .endpoint import Endpoint, check_golden_at
-from .inference_service import MODE, TAG_ROUTING, Patience, bare, manifest, persist, wait
+from .inference_service import TAG_ROUTING, Patience, bare, manifest, own_name, persist, wait
+from .kserve_settings import MODE
 from .kubernetes_api import InferenceServiceApi
 from .lease import Lease
 from .readiness import look, storage_uri
@@ -78,8 +79,7 @@ class Job:
         body = bare(self.api.namespace, self.api.name, model, version, former)
         notes = meta.get("annotations") or {}
         body["metadata"]["annotations"] = {key: notes[key] for key in (MODE, TAG_ROUTING) if key in notes}
-        name = found["spec"]["predictor"].get("name")
-        body["spec"]["predictor"] |= {"name": name} if name else {}
+        body["spec"]["predictor"] |= own_name(found["spec"]["predictor"])
         self.apply(body, replace(failed, phase="back", since=now()))
         wait(
             self.api,

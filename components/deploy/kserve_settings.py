@@ -1,4 +1,4 @@
-"""KServe's own settings, of which two sections matter here: its mode (`deploy`) and its Gateway (`ingress`)."""
+"""KServe's own settings, of which two sections matter here: its usual mode (`deploy`) and its Gateway (`ingress`)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["CONFIG_MAP", "NAMESPACES", "kserve_settings"]
+__all__ = ["CONFIG_MAP", "MODE", "NAMESPACES", "Sections", "kserve_settings", "told_mode"]
+
+Sections = dict[str, dict[str, Any]]
 
 CONFIG_MAP = "inferenceservice-config"
+MODE = "serving.kserve.io/deploymentMode"
 # KServe stands in its own namespace by its charts and manifests, beside Pipelines by those of the Kubeflow platform.
 NAMESPACES = ("kserve", "kubeflow")
 _SECTIONS = ("deploy", "ingress")
 
 
-def kserve_settings(
-    read: Callable[[str, str], Mapping[str, str] | None],
-) -> tuple[str, dict[str, dict[str, Any]]] | None:
+def kserve_settings(read: Callable[[str, str], Mapping[str, str] | None]) -> tuple[str, Sections] | None:
     """The namespace of KServe's settings and those sections that are mappings; None where there are none to be seen.
 
     Args:
@@ -25,17 +26,24 @@ def kserve_settings(
     for namespace in NAMESPACES:
         data = read(namespace, CONFIG_MAP)
         if data is not None:
-            return namespace, dict(_mappings(data))
+            return namespace, _mappings(data)
     return None
 
 
-def _mappings(data: Mapping[str, str]) -> list[tuple[str, dict[str, Any]]]:
-    found = []
+def told_mode(service: dict[str, Any], settings: Sections) -> str:
+    """A service's mode in KServe's words: what happened, else what was asked, else what is usual; empty where nothing tells."""
+    notes = service["metadata"].get("annotations") or {}
+    usual = settings.get("deploy", {}).get("defaultDeploymentMode")
+    return str((service.get("status") or {}).get("deploymentMode") or notes.get(MODE) or usual or "")
+
+
+def _mappings(data: Mapping[str, str]) -> Sections:
+    found: Sections = {}
     for name in _SECTIONS:
         try:
             section = json.loads(data.get(name, ""))
         except ValueError:
             continue
         if isinstance(section, dict):
-            found.append((name, section))
+            found[name] = section
     return found

@@ -9,9 +9,8 @@ from haechi.components.shared.errors import DeployError, DeployRefused
 from haechi.components.shared.progress import say
 
 from .canary_standard import LONGEST_NAME, StandardCanary
-from .inference_service import MODE
 from .job import Job
-from .kserve_settings import kserve_settings
+from .kserve_settings import Sections, kserve_settings, told_mode
 from .kubernetes_api import Forbidden
 from .rollout_state import RolloutState
 
@@ -50,7 +49,8 @@ def choose(job: Job, found: dict[str, Any], state: RolloutState) -> Choice:
     if wanted == "rolling":
         return Choice("rolling")
     config = _config(job)
-    mode = _mode(found, config)
+    told = told_mode(found, config or {})
+    mode = _MODES.get(told, told)
     if wanted == "shadow":
         if mode == "Knative":
             raise DeployRefused(
@@ -85,7 +85,7 @@ def _tell_whose_pods(job: Job, stable: dict[str, Any]) -> None:
         )
 
 
-def _config(job: Job) -> dict[str, dict[str, Any]] | None:
+def _config(job: Job) -> Sections | None:
     """KServe's settings by section; None where they are not there or may not be read."""
 
     def read(namespace: str, name: str) -> dict[str, str] | None:
@@ -98,17 +98,7 @@ def _config(job: Job) -> dict[str, dict[str, Any]] | None:
     return found[1] if found else None
 
 
-def _mode(found: dict[str, Any], config: dict[str, dict[str, Any]] | None) -> str:
-    """`Standard` or `Knative`; another mode as it is, and empty where nothing tells."""
-    notes = found["metadata"].get("annotations") or {}
-    told = (found.get("status") or {}).get("deploymentMode") or notes.get(MODE)
-    told = told or (config or {}).get("deploy", {}).get("defaultDeploymentMode") or ""
-    return _MODES.get(str(told), str(told))
-
-
-def _why_not(
-    job: Job, found: dict[str, Any], state: RolloutState, mode: str, config: dict[str, dict[str, Any]] | None
-) -> str:
+def _why_not(job: Job, found: dict[str, Any], state: RolloutState, mode: str, config: Sections | None) -> str:
     """Why traffic cannot be split in mode Standard; empty where it can."""
     api = job.api
     if mode != "Standard":

@@ -12,7 +12,6 @@ from .canary import NotSplit, Outgrown, Way, finish, walk
 from .canary_knative import KnativeCanary
 from .canary_standard import StandardCanary
 from .inference_service import (
-    MODE,
     PREVIOUS,
     TAG_ROUTING,
     TakenOver,
@@ -24,6 +23,7 @@ from .inference_service import (
     worn,
 )
 from .job import Job
+from .kserve_settings import MODE
 from .lease import LeaseLost
 from .readiness import look, predictor_name, storage_uri
 from .rollout_state import RolloutState, now

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from haechi.components.deploy.kserve_settings import CONFIG_MAP, NAMESPACES, kserve_settings
+from haechi.components.deploy.kserve_settings import CONFIG_MAP, MODE, NAMESPACES, Sections, kserve_settings, told_mode
 from haechi.components.deploy.readiness import predictor_name
 
 from .findings import CannotLook, Finding, each_object
@@ -15,7 +15,6 @@ from .world import World
 __all__ = ["canary_mode", "uses_gateway_api"]
 
 _GATEWAY, _KNATIVE = "gateway.networking.k8s.io", "serving.knative.dev"
-_MODE = "serving.kserve.io/deploymentMode"
 _STANDARD = ("Standard", "RawDeployment")
 _KNATIVE_MODES = ("Knative", "Serverless")
 
@@ -31,10 +30,10 @@ def uses_gateway_api(world: World) -> bool:
     return bool(_kserve_config(world)[1].get("ingress", {}).get("enableGatewayApi"))
 
 
-def _canary(world: World, service: dict[str, Any], place: str, config: dict[str, dict[str, Any]]) -> list[Finding]:
+def _canary(world: World, service: dict[str, Any], place: str, config: Sections) -> list[Finding]:
     spec, namespace, name = service["spec"], service["metadata"]["namespace"], service["metadata"]["name"]
     share, split = (spec.get("predictor") or {}).get("canaryTrafficPercent"), spec.get("canary")
-    mode = _mode(service, config)
+    mode = told_mode(service, config)
     found = []
     if share not in (None, 100) and mode in _STANDARD:
         found.append(
@@ -55,7 +54,7 @@ def _canary(world: World, service: dict[str, Any], place: str, config: dict[str,
     if split and mode in _STANDARD:
         found += _gateway(world, service, place, config)
     if mode in _KNATIVE_MODES and not world.cluster.serves(_KNATIVE):
-        fix = f"kubectl -n {namespace} annotate inferenceservice {name} --overwrite {_MODE}=Standard"
+        fix = f"kubectl -n {namespace} annotate inferenceservice {name} --overwrite {MODE}=Standard"
         if (service.get("status") or {}).get("deploymentMode"):
             fix = (
                 "Install Knative Serving; or, since KServe changes the mode of no service that it has taken up, set "
@@ -66,7 +65,7 @@ def _canary(world: World, service: dict[str, Any], place: str, config: dict[str,
     return found
 
 
-def _gateway(world: World, service: dict[str, Any], place: str, config: dict[str, dict[str, Any]]) -> list[Finding]:
+def _gateway(world: World, service: dict[str, Any], place: str, config: Sections) -> list[Finding]:
     """What spec.canary needs in mode Standard: Gateway API, KServe told to use it, and the Gateway that it names."""
     symptom = f"{name_of(service)} has spec.canary, and no traffic is split"
     if not world.cluster.serves(_GATEWAY):
@@ -132,14 +131,7 @@ def _without(service: dict[str, Any], path: str) -> str:
     return f"kubectl -n {meta['namespace']} patch inferenceservice {meta['name']} --type=json -p '{patch}'"
 
 
-def _mode(service: dict[str, Any], config: dict[str, dict[str, Any]]) -> str:
-    """The status is what happened, the annotation what was asked, the ConfigMap what is usual."""
-    annotations = service["metadata"].get("annotations") or {}
-    default = config.get("deploy", {}).get("defaultDeploymentMode")
-    return str((service.get("status") or {}).get("deploymentMode") or annotations.get(_MODE) or default or "")
-
-
-def _kserve_config(world: World) -> tuple[str, dict[str, dict[str, Any]]]:
+def _kserve_config(world: World) -> tuple[str, Sections]:
     """Where KServe's settings stand, and their sections; none where there are none or we may not see them."""
 
     def read(namespace: str, name: str) -> dict[str, str] | None:
